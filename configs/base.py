@@ -1,0 +1,92 @@
+"""Every value of a text-to-image training run, with what it means; the other files change a few of them.
+
+Values are marked (released) where the PyTorch release states them, (inferred) where they follow from what is published,
+(ours) otherwise.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from svg_jax.models.autoencoder import AutoencoderConfig
+from svg_jax.models.gemma2 import Gemma2Config
+from svg_jax.models.next_dit import NextDiTConfig
+
+
+def get_config() -> ConfigDict:
+    """The 2.6B model at 256 px."""
+    config = ConfigDict()
+    config.seed = 0
+    config.num_train_steps = 150_000  # (inferred) 60M images seen about 1.3 times at this batch; the release says none
+    config.batch_size = 512  # global (released default: 4 nodes x 8 GPUs x 16)
+    config.micro_batches = 1  # parts of the batch that run one after the other
+    config.init_from = placeholder(str)  # workdir whose EMA weights this run starts from
+    config.log_every = 50  # steps
+
+    # The diffusion transformer.
+    config.model = ConfigDict(dataclasses.asdict(NextDiTConfig.next_dit_2p6b(dtype="bfloat16", remat="full")))
+
+    # Frozen: pixels -> features. Without a checkpoint, a random stand-in of these sizes, good for smoke tests only.
+    config.autoencoder = ConfigDict(dataclasses.asdict(AutoencoderConfig.svg_p(dtype="bfloat16")))
+    config.autoencoder.checkpoint = placeholder(str)  # workdir of train_autoencoder, or a converted release
+
+    # Frozen: caption -> features. Without them, a byte-level tokeniser and a random stand-in of these sizes.
+    config.text = ConfigDict()
+    config.text.encoder = ConfigDict(dataclasses.asdict(Gemma2Config.gemma2_2b(dtype="bfloat16")))
+    config.text.checkpoint = placeholder(str)  # converted Gemma-2-2B
+    config.text.tokenizer = placeholder(str)  # folder with its tokeniser, as transformers saves it
+    config.text.max_tokens = 512  # (released scripts)
+    config.text.system_prompt = "base"  # of prompts when sampling; training follows the record's kind
+
+    config.data = ConfigDict()
+    config.data.path = placeholder(str)  # .jsonl or .json of {"path": ..., "prompt": ...}
+    config.data.root = placeholder(str)  # what relative image paths are relative to; the file's folder by default
+    config.data.resolution = 256  # pixels a side of the square whose patches are the token budget
+    config.data.max_ratio = 4.0  # (released) of the sides of a crop
+    config.data.caption_dropout = 0.1  # (released)
+    config.data.max_bad_fraction = 0.01  # (ours) a run stops when more records than this cannot be read
+    config.data.num_threads = 16
+    config.data.prefetch = 16  # batches
+
+    config.flow = ConfigDict()
+    config.flow.path = "Linear"  # (released)
+    config.flow.times = "lognorm"  # (released scripts)
+    config.flow.mu = 0.0  # (released)
+    config.flow.shift = True  # (released) toward noise, by the token budget
+
+    config.optim = ConfigDict()
+    config.optim.lr = 2e-4  # (released scripts)
+    config.optim.schedule = "constant"  # (released); linear and cosine decay to zero
+    config.optim.warmup_steps = 0  # (released)
+    config.optim.b1 = 0.9  # (released)
+    config.optim.b2 = 0.95  # (released)
+    config.optim.eps = 1e-15  # (released)
+    config.optim.weight_decay = 0.0  # (released)
+    config.optim.clip = 2.0  # (released) global norm of the gradient
+    config.optim.ema = 0.95  # (released): a short average; 0.9999 is usual elsewhere
+
+    config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))  # -1: the devices that are left
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 2000  # steps (released)
+    config.checkpoint.keep = 3
+    config.checkpoint.keep_every = 50_000  # steps whose checkpoint is kept for good
+
+    # Picture grids from the EMA weights during training, and the defaults of `svg_jax.sample`.
+    config.sample = ConfigDict()
+    config.sample.every = 2000  # steps; 0 for none
+    config.sample.prompts = (
+        "a red fox asleep in fresh snow",
+        "a wooden desk with three books and a green lamp",
+        "an astronaut riding a horse, oil on canvas",
+        "a bowl of ramen seen from above",
+    )
+    config.sample.num_steps = 50  # (released)
+    config.sample.method = "euler"
+    config.sample.guidance_scale = 4.0  # (released)
+    config.sample.renorm = 1.0  # (released)
+    config.sample.truncate = 1.0
+    config.sample.shift = 6.0  # (released) of the ODE samplers
+    config.sample.batch_size = 4
+    return config

@@ -1,0 +1,22 @@
+r"""Stage 3: 1024 px, from stage 2.
+
+python -m svg_jax.train --config=configs/stage3.py --workdir=gs://BUCKET/stage3 --config.init_from=gs://BUCKET/stage2 \
+    --config.data.path=train.jsonl --config.autoencoder.checkpoint=weights/autoencoder_p \
+    --config.text.checkpoint=weights/gemma2_2b --config.text.tokenizer=weights/gemma2_2b_tokenizer
+
+Hardware: as stage 1; 4,096 image tokens a sample.
+Expected: the release saw 15M images here and publishes no losses. Ours: none yet.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    """Read by `--config`."""
+    config = base.get_config()
+    config.data.resolution = 1024
+    config.batch_size = 256  # (ours)
+    config.num_train_steps = 60_000  # (inferred) 15M images once at this batch
+    return config

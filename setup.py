@@ -1,0 +1,65 @@
+"""The package `svg_jax`: SVG-T2I in JAX. Lower bounds are the versions the tests ran with."""
+
+from setuptools import find_packages, setup
+
+DEPENDENCIES = [
+    "absl-py>=2.5.1",  # command-line flags and logging of the doors
+    "etils[epath]>=1.15.0",  # one path type for local folders and gs:// buckets
+    "flax>=0.12.8",  # networks (NNX)
+    "grain>=0.2.18",  # the input pipeline: deterministic, several workers, several hosts
+    "jax>=0.10.2",  # everything that runs on a device; CPU unless an extra below brings an accelerator
+    "jaxtyping>=0.3.11",  # array shapes in signatures
+    "ml_collections>=1.1.0",  # configs that any flag can override
+    "numpy>=2.4.6",  # host-side arrays
+    "optax>=0.2.8",  # AdamW, clipping, schedules
+    "orbax-checkpoint>=0.12.8",  # asynchronous checkpoints that restore onto any mesh
+    "pillow>=13.0.0",  # decoding and writing pictures
+    "safetensors>=0.8.0",  # weights in and out
+    "tensorboardX>=2.6.5",  # TensorBoard event files, without TensorFlow
+    "tokenizers>=0.23.3",  # the byte-level stand-in where no Gemma tokeniser is given
+    "tqdm>=4.70.1",  # the progress bar
+    "transformers>=5.23.0",  # Gemma's tokeniser from a local folder; its models are not used
+]
+
+EXTRAS = {
+    # Accelerators. Without one of these two, JAX runs on the CPU.
+    "tpu": [
+        "jax[tpu]>=0.10.2",  # libtpu
+        "etils[epath-gcs]>=1.15.0",  # workdirs on gs:// without TensorFlow
+    ],
+    "cuda": ["jax[cuda13]>=0.10.2"],  # CUDA 13 and cuDNN from wheels; the NVIDIA driver must be 580 or newer
+    # Data sets of TensorFlow Datasets, read through their ArrayRecord data source: no TensorFlow, and imported only
+    # by the run that names such a data set.
+    "tfds": ["tensorflow-datasets>=4.9.10"],
+    # Reading the PyTorch release (.pth, .ckpt), and parity checks. The only extra that names torch.
+    "torch": ["torch==2.13.0"],
+    "bench": [
+        "svg_jax[torch]",
+        "diffusers>=0.42.1",  # its Lumina2 transformer is the peer that the benchmarks compare with
+    ],
+    "eval": ["scipy>=1.17.1"],  # the matrix square root in FID
+    "demo": [
+        "scikit-image>=0.26.0",  # real photographs that ship inside the package
+        "scikit-learn>=1.9.1",  # two more
+    ],
+    "test": [
+        "fsspec>=2026.9.0",  # a bucket in memory
+        "import-linter>=2.16",  # which room may import which
+        "mypy>=2.4.1",
+        "pytest>=9.2.0",
+        "pytest-xdist>=3.8.0",  # tests on both cores
+        "ruff>=0.17.5",  # format and lint
+        "tensorboard>=2.21.0",  # reads the event files back
+    ],
+}
+
+setup(
+    name="svg_jax",
+    version="0.1.0",
+    description="SVG-T2I in JAX: text-to-image diffusion in the feature space of a frozen vision model",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["svg_jax*", "data_pipelines*", "configs*"]),
+    install_requires=DEPENDENCIES,
+    extras_require=EXTRAS,
+)

@@ -1,0 +1,1 @@
+"""The networks: one file each, readable top to bottom, its released sizes as named configs."""

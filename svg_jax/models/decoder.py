@@ -1,0 +1,159 @@
+"""The convolutional decoder: image features to pixels, any height and width (the decoder of arXiv 2112.10752).
+
+Resolution doubles between levels; the released one has five levels and so a factor 16. Attention sits in the middle and
+after every block of the lowest level, in the released "woattn" configs too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from svg_jax.nn.attention import attention
+from svg_jax.nn.linear import conv
+from svg_jax.nn.norms import GroupNorm
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of a decoder; the defaults are the released one of Autoencoder-P."""
+
+    z_channels: int = 384
+    out_channels: int = 3
+    channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # from full resolution to the lowest
+    num_res_blocks: int = 2
+    dtype: str = "float32"
+
+    @property
+    def factor(self) -> int:
+        """Pixels a side for one feature."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+    @classmethod
+    def svg(cls, **changes: Any) -> DecoderConfig:
+        """The released decoder (`ch` 128, `ch_mult` 1, 1, 2, 2, 4)."""
+        return cls(**changes)
+
+    @classmethod
+    def from_release(cls, arguments: dict[str, Any], **changes: Any) -> DecoderConfig:
+        """From the `ddconfig` of a release config; keys that never had an effect there are ignored."""
+        values = {
+            "z_channels": arguments["z_channels"],
+            "out_channels": arguments["out_ch"],
+            "channels": arguments["ch"],
+            "channel_multipliers": tuple(arguments["ch_mult"]),
+            "num_res_blocks": arguments["num_res_blocks"],
+        }
+        return cls(**{**values, **changes})
+
+
+class ResBlock(nnx.Module):
+    """shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x)))))); the shortcut is 1 x 1 where the width changes."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, rngs: nnx.Rngs, dtype: str) -> None:
+        self.norm1 = GroupNorm(in_channels)
+        self.conv1 = conv(in_channels, out_channels, 3, rngs=rngs, dtype=dtype)
+        self.norm2 = GroupNorm(out_channels)
+        self.conv2 = conv(out_channels, out_channels, 3, rngs=rngs, dtype=dtype)
+        changes = in_channels != out_channels
+        self.nin_shortcut = conv(in_channels, out_channels, 1, rngs=rngs, dtype=dtype) if changes else None
+
+    def __call__(self, x: Float[Array, "batch h w in"]) -> Float[Array, "batch h w out"]:
+        y = self.conv1(jax.nn.silu(self.norm1(x)))
+        y = self.conv2(jax.nn.silu(self.norm2(y)))
+        return (x if self.nin_shortcut is None else self.nin_shortcut(x)) + y
+
+
+class AttentionBlock(nnx.Module):
+    """x + proj(attention(norm(x))) over all positions, one head."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype: str) -> None:
+        self.norm = GroupNorm(channels)
+        self.q = conv(channels, channels, 1, rngs=rngs, dtype=dtype)
+        self.k = conv(channels, channels, 1, rngs=rngs, dtype=dtype)
+        self.v = conv(channels, channels, 1, rngs=rngs, dtype=dtype)
+        self.proj_out = conv(channels, channels, 1, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
+        batch, height, width, channels = x.shape
+        y = self.norm(x)
+        q, k, v = (project(y).reshape(batch, height * width, 1, channels) for project in (self.q, self.k, self.v))
+        return x + self.proj_out(attention(q, k, v).reshape(x.shape))
+
+
+class Upsample(nnx.Module):
+    """Each pixel becomes 2 x 2, then a 3 x 3 convolution."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype: str) -> None:
+        self.conv = conv(channels, channels, 3, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch 2*h 2*w c"]:
+        batch, height, width, channels = x.shape
+        x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
+        return self.conv(x.reshape(batch, 2 * height, 2 * width, channels))
+
+
+class Middle(nnx.Module):
+    """Block, attention, block at the lowest resolution."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype: str) -> None:
+        self.block_1 = ResBlock(channels, channels, rngs=rngs, dtype=dtype)
+        self.attn_1 = AttentionBlock(channels, rngs=rngs, dtype=dtype)
+        self.block_2 = ResBlock(channels, channels, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Level(nnx.Module):
+    """One resolution: blocks, each with attention at the lowest one, then an upsampling except at the highest."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, config: DecoderConfig, *, lowest: bool, highest: bool, rngs: nnx.Rngs
+    ) -> None:
+        widths = [in_channels] + [out_channels] * (config.num_res_blocks + 1)
+        dtype = config.dtype
+        self.block = nnx.List([ResBlock(a, b, rngs=rngs, dtype=dtype) for a, b in itertools.pairwise(widths)])
+        self.attn = nnx.List(
+            [AttentionBlock(out_channels, rngs=rngs, dtype=dtype) for _ in widths[1:]] if lowest else []
+        )
+        self.upsample = None if highest else Upsample(out_channels, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "batch h w in"]) -> Float[Array, "batch h2 w2 out"]:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        return x if self.upsample is None else self.upsample(x)
+
+
+class Decoder(nnx.Module):
+    """Features [B, h, w, z_channels] -> images [B, h * factor, w * factor, 3], about in [-1, 1], not clipped."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
+        last = len(widths) - 1
+        self.conv_in = conv(config.z_channels, widths[-1], 3, rngs=rngs, dtype=config.dtype)
+        self.mid = Middle(widths[-1], rngs=rngs, dtype=config.dtype)
+        levels: list[Level] = []  # built from the lowest resolution, which is the last index
+        for i in range(last, -1, -1):
+            below = widths[min(i + 1, last)]
+            levels.insert(0, Level(below, widths[i], config, lowest=i == last, highest=i == 0, rngs=rngs))
+        self.up = nnx.List(levels)
+        self.norm_out = GroupNorm(widths[0])
+        self.conv_out = conv(widths[0], config.out_channels, 3, rngs=rngs, dtype=config.dtype)
+
+    def __call__(self, z: Float[Array, "batch h w z_channels"]) -> Float[Array, "batch height width 3"]:
+        """float32 pixels; `(x + 1) / 2` is the image."""
+        x = self.mid(self.conv_in(z.astype(self.config.dtype)))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(jax.nn.silu(self.norm_out(x))).astype(jnp.float32)

@@ -1,0 +1,260 @@
+"""Gemma 2, the language model whose hidden states condition the diffusion model (arXiv 2408.00118).
+
+The release loads it with an attention that ignores the soft cap on attention logits, and reads the hidden state before
+the last layer: so the cap is off by default, and `features` never computes that layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from svg_jax.nn.attention import attention
+from svg_jax.nn.linear import linear, sharded
+from svg_jax.nn.norms import OffsetRMSNorm
+from svg_jax.nn.rotary import axis_table, rotate_halves
+from svg_jax.nn.stack import scan_layers, stacked
+from svg_jax.parallel import constrain_batch
+
+EVERYTHING = np.iinfo(np.int32).max  # the window of a layer that looks at all tokens before
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemma2Config:
+    """Sizes of a Gemma 2; the defaults are Gemma-2-2B."""
+
+    vocab_size: int = 256000
+    dim: int = 2304
+    num_layers: int = 26
+    num_heads: int = 8
+    num_kv_heads: int = 4
+    head_dim: int = 256
+    hidden_dim: int = 9216  # of the feed-forward layers
+    sliding_window: int = 4096  # of every other layer, from the first
+    query_scalar: float = 256.0  # logits are divided by its square root
+    attn_logit_softcap: float | None = None  # 50 in the paper, without effect in the release
+    final_logit_softcap: float | None = 30.0
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-6
+    embedding_std: float = 0.02  # at initialisation
+    kernel_std: float = 0.02
+    dtype: str = "float32"  # of the linear maps and attention; the residual stream and the norms are float32
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads or self.head_dim % 2:
+            raise ValueError(
+                f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}, "
+                f"and head_dim {self.head_dim} must be even"
+            )
+
+    @classmethod
+    def gemma2_2b(cls, **changes: Any) -> Gemma2Config:
+        """The text encoder of the release."""
+        return cls(**changes)
+
+    @classmethod
+    def tiny(cls, **changes: Any) -> Gemma2Config:
+        """A random stand-in for machines without the weights: 256 bytes and 8 special tokens.
+
+        Every branch adds a vector of unit size to embeddings of size sqrt(dim): a token's features say mostly which
+        token it is, and somewhat what stands before it.
+        """
+        sizes: dict[str, Any] = {
+            "vocab_size": 264,
+            "dim": 64,
+            "num_layers": 3,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 16,
+        }
+        sizes |= {
+            "hidden_dim": 128,
+            "sliding_window": 64,
+            "query_scalar": 16.0,
+            "embedding_std": 1.0,
+            "kernel_std": 0.1,
+        }
+        return cls(**{**sizes, **changes})
+
+    @classmethod
+    def from_transformers(cls, config: dict[str, Any], **changes: Any) -> Gemma2Config:
+        """From the `config.json` of a `Gemma2ForCausalLM` folder.
+
+        Its soft cap on attention logits is not taken over, see above: pass `attn_logit_softcap` to have it.
+
+        Raises:
+            ValueError: The config asks for something no published Gemma 2 has.
+        """
+        layers = config.get("num_hidden_layers", cls.num_layers)
+        alternating = ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
+        expected = {"attention_bias": False, "tie_word_embeddings": True, "layer_types": alternating}
+        expected |= {"hidden_activation": "gelu_pytorch_tanh"}
+        for name, value in expected.items():
+            if config.get(name, value) != value:
+                raise ValueError(f"a Gemma 2 with {name} = {config[name]!r} is not supported: it must be {value!r}")
+        renamed = {"vocab_size": "vocab_size", "dim": "hidden_size", "num_layers": "num_hidden_layers"}
+        renamed |= {"num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
+        renamed |= {"hidden_dim": "intermediate_size", "sliding_window": "sliding_window", "rope_base": "rope_theta"}
+        renamed |= {"query_scalar": "query_pre_attn_scalar", "final_logit_softcap": "final_logit_softcapping"}
+        renamed |= {"norm_eps": "rms_norm_eps"}
+        values = {ours: config[theirs] for ours, theirs in renamed.items() if theirs in config}
+        if "rope_theta" in (nested := config.get("rope_parameters") or {}):  # where transformers 5 writes it
+            values["rope_base"] = nested["rope_theta"]
+        return cls(**{**values, **changes})
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query self-attention with rotated queries and keys."""
+
+    def __init__(self, config: Gemma2Config, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = dense(config, config.dim, width, ("embed", "heads"), rngs=rngs)
+        self.k_proj = dense(config, config.dim, kv_width, ("embed", "heads"), rngs=rngs)
+        self.v_proj = dense(config, config.dim, kv_width, ("embed", "heads"), rngs=rngs)
+        self.o_proj = dense(config, width, config.dim, ("heads", "embed"), rngs=rngs)
+
+    def __call__(self, x: Array, rotary: tuple[Array, Array], valid: Array, window: Array) -> Array:
+        config = self.config
+        q, k, v = (
+            proj(x).reshape(*x.shape[:2], -1, config.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        mixed = attention(
+            rotate_halves(q, *rotary),
+            rotate_halves(k, *rotary),
+            v,
+            valid=valid,
+            causal=True,
+            window=window,
+            scale=config.query_scalar**-0.5,
+            logit_softcap=config.attn_logit_softcap,
+        )
+        return self.o_proj(mixed.reshape(*x.shape[:2], -1)).astype(jnp.float32)
+
+
+class MLP(nnx.Module):
+    """down(gelu(gate x) * up x), GELU in its tanh form."""
+
+    def __init__(self, config: Gemma2Config, *, rngs: nnx.Rngs) -> None:
+        self.gate_proj = dense(config, config.dim, config.hidden_dim, ("embed", "mlp"), rngs=rngs)
+        self.up_proj = dense(config, config.dim, config.hidden_dim, ("embed", "mlp"), rngs=rngs)
+        self.down_proj = dense(config, config.hidden_dim, config.dim, ("mlp", "embed"), rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        y = jax.nn.gelu(self.gate_proj(x), approximate=True) * self.up_proj(x)
+        return self.down_proj(y).astype(jnp.float32)
+
+
+class Layer(nnx.Module):
+    """x + norm(attention(norm(x))), then x + norm(mlp(norm(x)))."""
+
+    def __init__(self, config: Gemma2Config, *, rngs: nnx.Rngs) -> None:
+        self.input_layernorm = OffsetRMSNorm(config.dim, eps=config.norm_eps)
+        self.self_attn = Attention(config, rngs=rngs)
+        self.post_attention_layernorm = OffsetRMSNorm(config.dim, eps=config.norm_eps)
+        self.pre_feedforward_layernorm = OffsetRMSNorm(config.dim, eps=config.norm_eps)
+        self.mlp = MLP(config, rngs=rngs)
+        self.post_feedforward_layernorm = OffsetRMSNorm(config.dim, eps=config.norm_eps)
+
+    def __call__(self, x: Array, rotary: tuple[Array, Array], valid: Array, window: Array) -> Array:
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rotary, valid, window))
+        x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        return constrain_batch(x)
+
+
+class TokenEmbedding(nnx.Module):
+    """Rows of a table times sqrt(dim); the same table reads the logits out."""
+
+    def __init__(self, config: Gemma2Config, *, rngs: nnx.Rngs) -> None:
+        self.dtype = config.dtype
+        init = nnx.initializers.normal(config.embedding_std)
+        table = init(rngs.params(), (config.vocab_size, config.dim), jnp.float32)
+        self.embedding = nnx.Param(table, **sharded("vocab", "embed"))
+
+    def __call__(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length dim"]:
+        rows = jnp.take(self.embedding[...], tokens, axis=0).astype(jnp.float32)
+        return rows * rows.shape[-1] ** 0.5
+
+    def logits(self, x: Float[Array, "batch length dim"]) -> Float[Array, "batch length vocab"]:
+        """float32 scores of every token."""
+        x, table = x.astype(self.dtype), self.embedding[...].astype(self.dtype)
+        return jnp.einsum("bld,vd->blv", x, table, preferred_element_type=jnp.float32)
+
+
+class Gemma2(nnx.Module):
+    """Tokens -> features for the diffusion model, or logits of the next token."""
+
+    def __init__(self, config: Gemma2Config, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.embed_tokens = TokenEmbedding(config, rngs=rngs)
+        self.layers = stacked(lambda rngs: Layer(config, rngs=rngs), config.num_layers, rngs=rngs)
+        self.norm = OffsetRMSNorm(config.dim, eps=config.norm_eps)
+
+    @property
+    def dim(self) -> int:
+        """Channels of a feature."""
+        return self.config.dim
+
+    def __call__(
+        self, tokens: Int[Array, "batch length"], mask: Bool[Array, "batch length"]
+    ) -> Float[Array, "batch length vocab"]:
+        """float32 logits of the token after each; arguments as for `features`."""
+        logits = self.embed_tokens.logits(self.last_hidden_state(tokens, mask))
+        cap = self.config.final_logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def features(
+        self, tokens: Int[Array, "batch length"], mask: Bool[Array, "batch length"]
+    ) -> Float[Array, "batch length dim"]:
+        """The input of the last layer, not normalised: `hidden_states[-2]` of transformers. That layer is not computed.
+
+        Args:
+            tokens: Right-padded token ids.
+            mask: Which tokens are valid; what comes out of the others means nothing.
+
+        Returns:
+            float32.
+        """
+        return self._run(tokens, mask, stop=self.config.num_layers - 1)[0]
+
+    def last_hidden_state(
+        self, tokens: Int[Array, "batch length"], mask: Bool[Array, "batch length"]
+    ) -> Float[Array, "batch length dim"]:
+        """The output of the last layer, normalised; arguments as for `features`."""
+        return self.norm(self._run(tokens, mask)[0])
+
+    def hidden_states(
+        self, tokens: Int[Array, "batch length"], mask: Bool[Array, "batch length"]
+    ) -> Float[Array, "states batch length dim"]:
+        """The scaled embeddings and the output of every layer, not normalised; arguments as for `features`."""
+        _, states = self._run(tokens, mask, collect=True)
+        assert states is not None
+        return jnp.concatenate([self.embed_tokens(tokens)[None], states])
+
+    def _run(
+        self, tokens: Array, mask: Array, *, stop: int | None = None, collect: bool = False
+    ) -> tuple[Array, Array | None]:
+        config = self.config
+        batch, length = tokens.shape
+        cos, sin = (
+            jnp.broadcast_to(jnp.asarray(table)[None], (batch, *table.shape))
+            for table in axis_table(config.head_dim, length, config.rope_base)
+        )
+        even = jnp.arange(config.num_layers) % 2 == 0
+        windows = jnp.where(even, jnp.int32(config.sliding_window), jnp.int32(EVERYTHING))
+        x = constrain_batch(self.embed_tokens(tokens))
+        return scan_layers(self.layers, x, (cos, sin), mask, per_layer=(windows,), stop=stop, collect=collect)
+
+
+def dense(
+    config: Gemma2Config, in_features: int, out_features: int, axes: tuple[str, str], *, rngs: nnx.Rngs
+) -> nnx.Linear:
+    """A linear map without bias."""
+    init = nnx.initializers.normal(config.kernel_std)
+    return linear(in_features, out_features, axes, use_bias=False, dtype=config.dtype, kernel_init=init, rngs=rngs)

@@ -1,0 +1,1 @@
+"""Layers that know no model: linear maps, norms, rotary embeddings, attention, stacks, networks as functions."""

@@ -1,0 +1,71 @@
+"""Softmax attention: one function, whatever network calls it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+MASKED = -1e30  # finite, so that a row with no valid key stays free of NaN
+
+
+def attention(
+    q: Float[Array, "batch queries heads dim"],
+    k: Float[Array, "batch keys kv_heads dim"],
+    v: Float[Array, "batch keys kv_heads dim"],
+    *,
+    valid: Bool[Array, "batch keys"] | None = None,
+    causal: bool = False,
+    window: int | Int[Array, ""] | None = None,
+    scale: float | None = None,
+    logit_softcap: float | None = None,
+) -> Float[Array, "batch queries heads dim"]:
+    """softmax(q k^T * scale + mask) v.
+
+    Grouped queries: query head h reads key and value head h // (heads / kv_heads) (arXiv 2305.13245). Logits and
+    softmax are float32.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        valid: Keys that exist; the others are never attended to.
+        causal: Query i sees keys j <= i.
+        window: Query i sees keys j > i - window only.
+        scale: Factor on the logits, 1 / sqrt(dim) by default.
+        logit_softcap: c in c * tanh(logits / c), applied before the mask (Gemma 2, arXiv 2408.00118).
+    """
+    batch, queries, heads, dim = q.shape
+    keys, kv_heads = k.shape[1:3]
+    if heads % kv_heads:
+        raise ValueError(f"{heads} query heads cannot share {kv_heads} key heads evenly")
+    grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, dim)
+    scale = dim**-0.5 if scale is None else scale
+
+    logits = jnp.einsum("bqhgd,bkhd->bhgqk", grouped * scale, k, preferred_element_type=jnp.float32)
+    if logit_softcap is not None:
+        logits = logit_softcap * jnp.tanh(logits / logit_softcap)
+    mask = attention_mask(queries, keys, valid=valid, causal=causal, window=window)
+    if mask is not None:
+        logits = jnp.where(mask[:, None, None], logits, MASKED)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bhgqk,bkhd->bqhgd", weights, v).reshape(q.shape)
+
+
+def attention_mask(
+    queries: int,
+    keys: int,
+    *,
+    valid: Bool[Array, "batch keys"] | None,
+    causal: bool,
+    window: int | Int[Array, ""] | None,
+) -> Bool[Array, "#batch #queries keys"] | None:
+    """What a query may look at, as one boolean array, or None where it may look at everything."""
+    mask = None if valid is None else valid[:, None, :]
+    if causal or window is not None:
+        distance = jnp.arange(queries)[:, None] - jnp.arange(keys)[None, :]
+        near = distance >= 0 if causal else jnp.ones((queries, keys), bool)
+        if window is not None:
+            near &= distance < window
+        mask = near[None] if mask is None else mask & near[None]
+    return mask

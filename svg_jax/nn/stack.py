@@ -1,0 +1,72 @@
+"""Equal layers, stacked on a leading axis and scanned: compile time does not grow with depth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, PyTree
+
+Layer = TypeVar("Layer", bound=nnx.Module)
+
+# What the backward pass recomputes, from nothing to all of a layer.
+REMAT: dict[str, Callable[..., bool] | None] = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keeps matrix products, recomputes the rest
+    "full": jax.checkpoint_policies.nothing_saveable,  # keeps the input of each layer only
+}
+
+
+def stacked(make: Callable[[nnx.Rngs], Layer], length: int, *, rngs: nnx.Rngs) -> Layer:
+    """`length` layers in one module: every parameter has a leading axis, named `layers`."""
+    if length < 1:
+        raise ValueError(f"a stack needs at least one layer, got {length}")
+    build = nnx.vmap(make, in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+    return nnx.split_rngs(splits=length)(build)(rngs)
+
+
+def scan_layers(
+    layers: nnx.Module,
+    x: Array,
+    *args: PyTree,
+    per_layer: tuple[Array, ...] = (),
+    stop: int | None = None,
+    remat: str = "none",
+    collect: bool = False,
+) -> tuple[Array, Array | None]:
+    """x <- layer_i(x, *args, *per_layer[i]) for i = 0 .. stop - 1.
+
+    Args:
+        layers: A module made by `stacked`.
+        x: The carried activations.
+        args: The same for every layer.
+        per_layer: Arrays whose leading axis is the layer.
+        stop: How many layers to run, all by default; the others cost nothing.
+        remat: A key of `REMAT`.
+        collect: Also return every layer's output, [stop, ...].
+    """
+    if remat not in REMAT:
+        raise ValueError(f"unknown remat policy '{remat}': choose one of {', '.join(REMAT)}")
+    graphdef, params = nnx.split(layers)
+    length = jax.tree.leaves(params)[0].shape[0]
+
+    def layer(x: Array, params: Any, extra: tuple[Array, ...]) -> Array:
+        return nnx.merge(graphdef, params)(x, *args, *extra)
+
+    if (policy := REMAT[remat]) is not None:
+        layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)  # inside a scan nothing is shared to begin with
+
+    def step(x: Array, scanned: Any) -> tuple[Array, Array | None]:
+        x = layer(x, *scanned)
+        return x, x if collect else None
+
+    if stop is None or stop == length:
+        return jax.lax.scan(step, x, (params, per_layer))
+
+    def step_at(x: Array, i: Array) -> tuple[Array, Array | None]:  # indexing inside the loop copies one layer, not all
+        return step(x, jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, i, keepdims=False), (params, per_layer)))
+
+    return jax.lax.scan(step_at, x, jnp.arange(stop))

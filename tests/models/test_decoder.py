@@ -1,0 +1,103 @@
+"""The convolutional decoder against the release: square and oblong, inside values, gradients."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from svg_jax.convert.rules import to_jax, to_release
+from svg_jax.convert.tables import DECODER
+from svg_jax.models.decoder import Decoder, DecoderConfig
+from svg_jax.nn.functional import Network, Params
+from tests.vectors import Case, assert_close
+
+
+@functools.cache
+def load(dtype: str = "float32") -> tuple[Case, Network[Decoder], Params]:
+    case = Case.load("decoder")
+    config = DecoderConfig.from_release(case.config["model"], dtype=dtype)
+    network = Network(lambda rngs: Decoder(config, rngs=rngs))
+    params = {key: jnp.asarray(value) for key, value in to_jax(case.weights(), DECODER, network.shapes).items()}
+    return case, network, params
+
+
+def nhwc(x: np.ndarray) -> np.ndarray:
+    return x.transpose(0, 2, 3, 1)
+
+
+@pytest.mark.golden
+def test_pixels_at_every_size() -> None:
+    case, network, params = load()
+    for height, width in case.config["sizes"]:
+        name = f"{height}x{width}"
+        y = jax.jit(lambda p, z: network(p)(z))(params, nhwc(case.inputs[f"z_{name}"]))
+        assert_close(y, nhwc(case.outputs[f"{name}.y"]), 1e-4, name)
+
+
+@pytest.mark.golden
+def test_values_inside() -> None:
+    case, network, params = load()
+    for height, width in case.config["sizes"]:
+        prefix = f"{height}x{width}.inter."
+        expected = {key.removeprefix(prefix): nhwc(v) for key, v in case.outputs.items() if key.startswith(prefix)}
+
+        @jax.jit
+        def stages(params, z):
+            model, out = network(params), {}
+            x = out["conv_in"] = model.conv_in(z)
+            for part in ("block_1", "attn_1", "block_2"):
+                x = out[f"mid.{part}"] = getattr(model.mid, part)(x)
+            for i in reversed(range(len(model.up))):
+                level = model.up[i]
+                for j, block in enumerate(level.block):
+                    x = out[f"up.{i}.block.{j}"] = block(x)
+                    if level.attn:
+                        x = out[f"up.{i}.attn.{j}"] = level.attn[j](x)
+                if level.upsample is not None:
+                    x = out[f"up.{i}.upsample"] = level.upsample(x)
+            return out
+
+        out = stages(params, nhwc(case.inputs[f"z_{height}x{width}"]))
+        assert expected.keys() <= out.keys()
+        for key, value in expected.items():
+            assert_close(out[key], value, 1e-4, key)
+
+
+@pytest.mark.golden
+def test_gradients() -> None:
+    """Of the mean of squares of the first sample of the last size."""
+    case, network, params = load()
+    height, width = case.config["sizes"][-1]
+    z = nhwc(case.inputs[f"z_{height}x{width}"])[:1]
+    loss = jax.jit(jax.value_and_grad(lambda p, z: jnp.mean(jnp.square(network(p)(z))), argnums=(0, 1)))
+    value, (grads, grad_z) = loss(params, z)
+    assert_close(value, case.outputs["grad.loss"], 1e-5)
+    assert_close(grad_z, nhwc(case.outputs["grad.z"]), 1e-4)
+    released = to_release({key: np.asarray(g) for key, g in grads.items()}, DECODER)
+    names = [key.removeprefix("grad.") for key in case.outputs if key.startswith("grad.") and key[5:] in released]
+    assert names
+    for name in names:
+        assert_close(released[name], case.outputs[f"grad.{name}"], 1e-4, name)
+
+
+@pytest.mark.golden
+def test_bfloat16() -> None:
+    case, network, params = load("bfloat16")
+    height, width = case.config["sizes"][0]
+    y = jax.jit(lambda p, z: network(p)(z))(params, nhwc(case.inputs[f"z_{height}x{width}"]))
+    assert_close(y, nhwc(case.outputs[f"{height}x{width}.y"]), 3e-2)
+
+
+def test_the_released_decoder_makes_sixteen_pixels_of_a_feature() -> None:
+    network = Network(lambda rngs: Decoder(DecoderConfig.svg(), rngs=rngs))
+    image = jax.eval_shape(lambda p, z: network(p)(z), network.shapes, jax.ShapeDtypeStruct((1, 3, 5, 384), "float32"))
+    assert image.shape == (1, 48, 80, 3)
+
+
+def test_widths_that_group_norm_cannot_split_are_refused() -> None:
+    with pytest.raises(ValueError, match="48 channels are not a multiple of 32"):
+        Network(lambda rngs: Decoder(DecoderConfig(channels=48, channel_multipliers=(1, 1)), rngs=rngs))
