@@ -39,6 +39,7 @@ EXTRAS = {
     ],
     "eval": ["scipy>=1.17.1"],  # the matrix square root in FID
     "demo": [
+        "jinja2>=3.1.6",  # the page
         "scikit-image>=0.26.0",  # real photographs that ship inside the package
         "scikit-learn>=1.9.1",  # two more
     ],
@@ -60,6 +61,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["svg_jax*", "data_pipelines*", "configs*"]),
+    package_data={"svg_jax": ["demo.html.j2"]},
     install_requires=DEPENDENCIES,
     extras_require=EXTRAS,
 )

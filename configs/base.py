@@ -18,7 +18,8 @@ def get_config() -> ConfigDict:
     """The 2.6B model at 256 px."""
     config = ConfigDict()
     config.seed = 0
-    config.num_train_steps = 150_000  # (inferred) 60M images seen about 1.3 times at this batch; the release says none
+    # (ours) the release states no steps: the four stages together see 274M images, as its checkpoint's name says
+    config.num_train_steps = 250_000
     config.batch_size = 512  # global (released default: 4 nodes x 8 GPUs x 16)
     config.micro_batches = 1  # parts of the batch that run one after the other
     config.init_from = placeholder(str)  # workdir whose EMA weights this run starts from
@@ -37,7 +38,9 @@ def get_config() -> ConfigDict:
     config.text.checkpoint = placeholder(str)  # converted Gemma-2-2B
     config.text.tokenizer = placeholder(str)  # folder with its tokeniser, as transformers saves it
     config.text.max_tokens = 512  # (released scripts)
-    config.text.system_prompt = "base"  # of prompts when sampling; training follows the record's kind
+    config.text.system_prompt = placeholder(
+        str
+    )  # by default the kind of record says in training, and `base` in sampling
 
     config.data = ConfigDict()
     config.data.path = placeholder(str)  # .jsonl or .json of {"path": ..., "prompt": ...}

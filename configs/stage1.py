@@ -5,7 +5,7 @@ python -m svg_jax.train --config=configs/stage1.py --workdir=gs://BUCKET/stage1 
     --config.text.checkpoint=weights/gemma2_2b --config.text.tokenizer=weights/gemma2_2b_tokenizer
 
 Hardware: released with 32 GPUs; a TPU v5e-256 or v5p-128 slice holds it with room to spare.
-Expected: the release saw 60M images here and publishes no losses. Ours: none yet, nobody has run it at full size.
+Expected: the release had 60M images here and publishes no losses. Ours: none yet, nobody has run it at full size.
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,7 @@ python -m svg_jax.train --config=configs/stage2.py --workdir=gs://BUCKET/stage2 
     --config.text.checkpoint=weights/gemma2_2b --config.text.tokenizer=weights/gemma2_2b_tokenizer
 
 Hardware: as stage 1.
-Expected: the release saw the same 60M images as in stage 1 and publishes no losses. Ours: none yet.
+Expected: the release had the same 60M images as in stage 1 and publishes no losses. Ours: none yet.
 """
 
 from ml_collections import ConfigDict
@@ -17,5 +17,5 @@ def get_config() -> ConfigDict:
     """Read by `--config`."""
     config = base.get_config()
     config.data.resolution = 512
-    config.num_train_steps = 100_000  # (ours)
+    config.num_train_steps = 200_000  # (ours) see base.py
     return config

@@ -5,7 +5,7 @@ python -m svg_jax.train --config=configs/stage3.py --workdir=gs://BUCKET/stage3 
     --config.text.checkpoint=weights/gemma2_2b --config.text.tokenizer=weights/gemma2_2b_tokenizer
 
 Hardware: as stage 1; 4,096 image tokens a sample.
-Expected: the release saw 15M images here and publishes no losses. Ours: none yet.
+Expected: the release had 15M images here and publishes no losses. Ours: none yet.
 """
 
 from ml_collections import ConfigDict
@@ -18,5 +18,5 @@ def get_config() -> ConfigDict:
     config = base.get_config()
     config.data.resolution = 1024
     config.batch_size = 256  # (ours)
-    config.num_train_steps = 60_000  # (inferred) 15M images once at this batch
+    config.num_train_steps = 150_000  # (ours) see base.py
     return config

@@ -18,5 +18,5 @@ def get_config() -> ConfigDict:
     config = base.get_config()
     config.data.resolution = 1024
     config.batch_size = 256  # (ours)
-    config.num_train_steps = 15_000  # (ours) the budget of the nearest published fine-tuning, Lumina-Image 2.0
+    config.num_train_steps = 20_000  # (ours) see base.py
     return config

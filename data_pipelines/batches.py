@@ -59,6 +59,7 @@ class TextToImageBatches:
       max_text_tokens: the text budget L.
       seed: of order and caption dropout, 0 <= seed < 2^32.
       max_ratio: largest ratio of the sides of a crop.
+      system_prompt: a name in `text.SYSTEM_PROMPTS` that goes before every caption; None: as the record's kind says.
       caption_dropout: share of draws whose caption is left empty, for classifier-free guidance.
       shuffle: if False, every epoch goes through the records as they stand.
       process_index: this process takes slots [process_index * b, (process_index + 1) * b).
@@ -77,6 +78,7 @@ class TextToImageBatches:
         seed: int,
         max_ratio: float = 4.0,
         caption_dropout: float = 0.0,
+        system_prompt: str | None = None,
         shuffle: bool = True,
         process_index: int = 0,
         process_count: int = 1,
@@ -101,6 +103,7 @@ class TextToImageBatches:
         self._budget = images.token_budget(resolution, patch_size)
         self._sizes = images.crop_sizes(resolution, patch_size, max_ratio)
         self._seed, self._caption_dropout, self._shuffle = seed, caption_dropout, shuffle
+        self._system_prompt = system_prompt
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -156,7 +159,7 @@ class TextToImageBatches:
     def _read_caption(self, record: Record, epoch: int) -> str:
         if _random_word(_DROPOUT_KEY, self._seed, epoch, record.index) < self._caption_dropout * 2**32:
             return ""
-        return full_prompt(record.caption, record.system_prompt)
+        return full_prompt(record.caption, self._system_prompt or record.system_prompt)
 
 
 def shuffled_index(place: int, num_records: int, seed: int, epoch: int) -> int:

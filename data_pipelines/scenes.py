@@ -29,8 +29,10 @@ IMAGE_SIZE = 64
 BACKGROUND = (244, 244, 240)
 COLOURS = {
     "red": (214, 40, 40),
+    "orange": (240, 126, 28),
     "yellow": (244, 206, 44),
     "green": (40, 158, 78),
+    "cyan": (48, 196, 208),
     "blue": (44, 92, 214),
     "purple": (158, 64, 190),
     "black": (32, 32, 36),
@@ -122,10 +124,10 @@ def sample_scene(seed: int, index: int, *, held_out: bool = False, kind: str | N
     places: tuple[str, ...]
     if kind == "one":
         places = (_pick(rng, PLACES),)
-        core = f"a {colour} {shape} {_at(places[0])}"
+        core = f"{_a(colour)} {shape} {_at(places[0])}"
     elif kind == "two":
         places = tuple(str(place) for place in rng.permutation(list(CORNERS))[:2])
-        core = " and ".join(f"a {c} {s} {_at(place)}" for (c, s), place in zip(picked, places, strict=True))
+        core = " and ".join(f"{_a(c)} {s} {_at(place)}" for (c, s), place in zip(picked, places, strict=True))
     elif kind == "pair":
         edge = _pick(rng, EDGES)
         places = EDGES[edge]
@@ -145,6 +147,10 @@ def sample_scene(seed: int, index: int, *, held_out: bool = False, kind: str | N
 def _pick(rng: np.random.Generator, names: Iterable[str]) -> str:
     names = list(names)
     return names[int(rng.integers(len(names)))]
+
+
+def _a(word: str) -> str:
+    return ("an " if word[0] in "aeiou" else "a ") + word
 
 
 def _at(place: str) -> str:

@@ -68,8 +68,9 @@ class Checkpoints:
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                tree = self._manager.item_metadata(step)["state"].tree
-                _check(abstract.params, _shapes(tree, "params"), self.folder / str(step))
+                folder = self.folder / str(step)
+                for part in ("params", "frozen"):
+                    _check(getattr(abstract, part), _saved_shapes(folder, part), folder)
                 args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
                 restored = self._manager.restore(step, args=args)
                 return restored.state, restored.data
@@ -130,8 +131,7 @@ def load_params(
 
     def read(folder: epath.Path) -> Params:
         handler = ocp.PyTreeCheckpointHandler()
-        tree = handler.metadata(folder / "state").tree
-        saved = {part: _shapes(tree, part) for part in parts}
+        saved = {part: _saved_shapes(folder, part) for part in parts}
         _check(shapes, {name: shape for part in saved.values() for name, shape in part.items()}, folder)
         target = {
             part: {n: jax.ShapeDtypeStruct(shapes[n].shape, shapes[n].dtype, sharding=shardings[n]) for n in names}
@@ -160,7 +160,9 @@ def _from_newest(workdir: str, read: Callable[[epath.Path], Result]) -> Result:
     raise FileNotFoundError(f"no checkpoint in {folder} can be read: train with this --workdir first, or name another")
 
 
-def _shapes(tree: Mapping[str, Any], part: str) -> dict[str, jax.ShapeDtypeStruct]:
+def _saved_shapes(folder: epath.Path, part: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """Names and shapes of one field of a saved state."""
+    tree = ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
     return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in (tree.get(part) or {}).items()}
 
 

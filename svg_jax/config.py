@@ -6,8 +6,9 @@ import contextlib
 import difflib
 import logging
 import re
-import sys
+import runpy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from absl import app, flags
@@ -50,28 +51,40 @@ def from_config(cls: type[Any], values: ConfigDict | dict[str, Any]) -> Any:
 
 
 def _parse(argv: list[str]) -> list[str]:
+    named = re.search(r"^--?config[=\n](.*)$", "\n".join(argv), re.MULTILINE)
+    file, *argument = named[1].split(":", 1) if named else ("",)
+    if named and not Path(file).is_file():
+        raise SystemExit(f"error: --config: there is no file '{file}'")
     try:
         rest = flags.FLAGS(argv)
-        for name in ("config",):
-            value = getattr(flags.FLAGS, name)
-            if not isinstance(value, ConfigDict):
-                dir(value.keys)  # a file that could not be loaded raises here
+        if not isinstance(flags.FLAGS["config"].value, ConfigDict):
+            raise SystemExit(f"error: --config: get_config() of '{file}' must return a ConfigDict")
     except flags.Error as error:
         raise SystemExit(f"error: {error}") from error
-    except (KeyError, AttributeError) as error:
-        raise SystemExit(f"error: {_misspelt(str(error), argv)}") from error
-    except OSError as error:
-        raise SystemExit(f"error: --config: {error.strerror or error}: {error.filename}") from error
+    except (KeyError, AttributeError, ValueError) as error:
+        if not (message := _misspelt(argv, file, *argument)):
+            raise  # a mistake inside the file, which its traceback shows
+        raise SystemExit(f"error: {message}") from error
     if len(rest) > 1:
         raise SystemExit(f"error: unknown argument '{rest[1]}': values are overridden as --config.KEY=VALUE")
     return rest
 
 
-def _misspelt(message: str, argv: list[str]) -> str:
-    found = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', message)
-    key = found[2] if found else message.strip("'\"\\ \n")
-    flag = next((arg for arg in argv if f".{key}" in arg), sys.argv[0])
-    return f"unknown config key '{key}' in {flag}" + (f": did you mean '{found[1]}'?" if found else "")
+def _misspelt(argv: list[str], file: str, *argument: str) -> str | None:
+    """One sentence on the first override that the config in `file` has no key for, or None."""
+    module = runpy.run_path(file)
+    if "get_config" not in module:
+        return f"--config: '{file}' has no get_config()"
+    config = module["get_config"](*argument)
+    for arg in argv:
+        section, path = config, re.match(r"--?config\.([\w.]+)", arg)
+        for key in path[1].split(".") if path else ():
+            if not isinstance(section, ConfigDict):
+                return f"{arg}: there are no keys below a value"
+            if key not in section:
+                return f"unknown config key '{key}' in {arg}{_nearest(key, list(section))}"
+            section = section[key]
+    return None
 
 
 def _nearest(name: str, names: list[str]) -> str:

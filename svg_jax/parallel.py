@@ -40,7 +40,7 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
         raise ValueError(f"unknown mesh axes {sorted(unknown)}: there are {', '.join(AXES)}")
     shape = [sizes.get(axis, 1) for axis in AXES]
     given = math.prod(size for size in shape if size != -1)
-    if shape.count(-1) == 1 and len(devices) % given == 0:
+    if shape.count(-1) == 1 and given > 0 and len(devices) % given == 0:
         shape[shape.index(-1)] = len(devices) // given
     if math.prod(shape) != len(devices) or min(shape) < 1:
         wanted = ", ".join(f"{axis}={sizes.get(axis, 1)}" for axis in AXES)

@@ -121,17 +121,16 @@ class Pipeline:
         size = -(-size // multiple) * multiple
         sample = self._sampler(grid, num_steps, method or defaults.method)
 
-        texts = [full_prompt(prompt, system_prompt or self.config.text.system_prompt) for prompt in prompts]
+        texts = [full_prompt(prompt, system_prompt or self.config.text.system_prompt or "base") for prompt in prompts]
         key = jax.random.key(seed)
         images: list[Image] = []
         for first in range(0, len(jobs), size):
             batch = jobs[first : first + size]
             full = batch + batch[-1:] * (size - len(batch))  # the last batch is filled up, and cut again below
             tokens, num_tokens = self._tokens([texts[prompt] for prompt, _ in full] + [negative_prompt] * size)
-            prompt_index, sample_index = np.array(full, np.int32).T
-            keys = jax.vmap(lambda p, s: jax.random.fold_in(jax.random.fold_in(key, p), s))(prompt_index, sample_index)
             with jax.set_mesh(self.mesh):
-                drawn = sample(self.params, self.frozen, tokens, num_tokens, keys, sampling)
+                places = np.array(full, np.int32)
+                drawn = sample(self.params, self.frozen, tokens, num_tokens, places, key, sampling)
             images.extend(np.asarray(jax.device_get(drawn))[: len(batch)])
         return images
 
@@ -153,7 +152,7 @@ class Pipeline:
             rows = batch_sharding(self.mesh)
             self._compiled[key] = jax.jit(
                 functools.partial(sample_images, self.networks, grid=grid, num_steps=num_steps, method=method),
-                in_shardings=(None, None, rows, rows, rows, None),
+                in_shardings=(None, None, rows, rows, rows, None, None),
                 out_shardings=replicated(self.mesh),
             )
         return self._compiled[key]

@@ -47,7 +47,8 @@ class TrainState:
 
     def apply(self, grads: Params, optimiser: optax.GradientTransformation, ema_decay: float) -> TrainState:
         """One update: p <- p + optimiser(grads); ema <- d ema + (1 - d) p."""
-        updates, opt_state = optimiser.update(grads, self.opt_state, self.params)
+        with jax.numpy_dtype_promotion("standard"):  # Optax raises floats to the power of integer counts
+            updates, opt_state = optimiser.update(grads, self.opt_state, self.params)
         params = optax.apply_updates(self.params, updates)
         ema = jax.tree.map(lambda e, p: ema_decay * e + (1.0 - ema_decay) * p, self.ema, params)
         return TrainState(self.step + 1, params, ema, opt_state, self.key, self.frozen)

@@ -18,7 +18,7 @@ from svg_jax.flow.guidance import guided
 from svg_jax.flow.losses import batch_mean, loss_by_time, velocity_loss
 from svg_jax.flow.paths import Path
 from svg_jax.flow.solvers import solve_ode, time_grid
-from svg_jax.flow.times import sample_times
+from svg_jax.flow.times import sample_times, times_from_draws
 from svg_jax.models.autoencoder import Autoencoder, to_uint8
 from svg_jax.models.gemma2 import Gemma2
 from svg_jax.models.next_dit import NextDiT
@@ -66,6 +66,9 @@ class FlowObjective:
     mu: float = 0.0
     shift: float = 1.0
 
+    def __post_init__(self) -> None:
+        times_from_draws(jnp.zeros(()), self.times, self.mu)  # an unknown distribution is said here, not when compiling
+
 
 def text_to_image_step(
     networks: Networks,
@@ -112,7 +115,7 @@ def text_to_image_step(
         scale = 1.0 / jnp.maximum(metrics["valid"], 1.0)
         grads = jax.tree.map(lambda g: g * scale, grads)
         by_time = metrics["bin_sums"] / metrics["bin_counts"]  # NaN where no time fell
-        metrics = {"loss": metrics["loss"] * scale, "grad_norm": optax.global_norm(grads), "loss_by_time": by_time}
+        metrics = {"loss": metrics["loss"] * scale, "grad_norm": optax.tree.norm(grads), "loss_by_time": by_time}
         return state.apply(grads, optimiser, ema_decay), metrics
 
     return step
@@ -137,7 +140,7 @@ def autoencoder_step(
             return batch_mean(jnp.mean(error, axis=(1, 2, 3)), valid)
 
         value, grads = jax.value_and_grad(loss)(state.params)
-        return state.apply(grads, optimiser, ema_decay), {"loss": value, "grad_norm": optax.global_norm(grads)}
+        return state.apply(grads, optimiser, ema_decay), {"loss": value, "grad_norm": optax.tree.norm(grads)}
 
     return step
 
@@ -211,7 +214,8 @@ def sample_images(
     frozen: Frozen,
     tokens: Int[Array, "two_batch text_tokens"],
     num_tokens: Int[Array, " two_batch"],
-    keys: Key[Array, " batch"],
+    places: Int[Array, "batch 2"],
+    key: Key[Array, ""],
     sampling: Sampling,
     *,
     grid: tuple[int, int],
@@ -226,25 +230,30 @@ def sample_images(
         frozen: Of the others.
         tokens: Prompts, then as many negative prompts.
         num_tokens: Valid tokens of each.
-        keys: One a picture; its noise depends on nothing else.
+        places: (place of its prompt, place among the samples of that prompt) of each picture.
+        key: Of the run; a picture's noise is a function of this and of its place.
         sampling: Guidance and time shift.
         grid: (rows, cols) of the latents.
         num_steps: Steps of the solver.
         method: A solver of `flow.solvers`.
     """
-    batch, length = keys.shape[0], grid[0] * grid[1]
+    batch, length = places.shape[0], grid[0] * grid[1]
     mask = jnp.arange(tokens.shape[1])[None] < num_tokens[:, None]
     text = networks.text(frozen["text"]).features(tokens, mask)
     dit, autoencoder = networks.dit(params), networks.autoencoder(frozen["autoencoder"])
     channels = autoencoder.config.encoder.dim
-    noise = jax.vmap(lambda key: jax.random.normal(key, (length, channels), jnp.float32))(keys)
+
+    def noise(place: Int[Array, "2"]) -> Float[Array, "tokens channels"]:
+        mine = jax.random.fold_in(jax.random.fold_in(key, place[0]), place[1])
+        return jax.random.normal(mine, (length, channels), jnp.float32)
+
     grids = jnp.broadcast_to(jnp.asarray(grid, jnp.int32)[None], (2 * batch, 2))
 
     def both_halves(x: Array, t: Array) -> Array:
         return dit(x, t, text, grid=grids, text_mask=mask)
 
     velocity = guided(both_halves, sampling.guidance_scale, renorm=sampling.renorm, truncate=sampling.truncate)
-    z = solve_ode(velocity, noise, time_grid(num_steps, sampling.shift), method)
+    z = solve_ode(velocity, jax.vmap(noise)(places), time_grid(num_steps, sampling.shift), method)
     return to_uint8(autoencoder.decode(z, grid))
 
 

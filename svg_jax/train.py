@@ -6,7 +6,6 @@ The same command goes on where an interrupted run stopped.
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 
 import jax
@@ -66,6 +65,7 @@ def main(config: ConfigDict, workdir: str) -> None:
             max_text_tokens=config.text.max_tokens,
             max_ratio=config.data.max_ratio,
             caption_dropout=config.data.caption_dropout,
+            system_prompt=config.text.system_prompt,
             seed=config.seed,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
@@ -106,10 +106,11 @@ def main(config: ConfigDict, workdir: str) -> None:
         "text": assemble.shardings(networks.text, mesh),
     }
     with jax.set_mesh(mesh):
-        compilations = itertools.count()
+        compilations = 0
 
         def traced(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
-            next(compilations)  # runs once for each compilation
+            nonlocal compilations
+            compilations += 1  # Python runs this once for each compilation
             return step(state, frozen, batch)
 
         compiled = jax.jit(
@@ -118,6 +119,11 @@ def main(config: ConfigDict, workdir: str) -> None:
             out_shardings=(state_at, replicated(mesh)),
             donate_argnums=0,
         )
+
+        def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+            state, metrics = compiled(state, frozen, batch)
+            return state, {**metrics, "compilations": compilations}
+
         flops = 3 * forward_flops(assemble.dit_config(config.model), image_tokens, config.text.max_tokens)
         with MetricWriter(
             workdir,
@@ -134,7 +140,7 @@ def main(config: ConfigDict, workdir: str) -> None:
                 prefetch=config.data.prefetch,
             )
             fit(
-                lambda state, batch: compiled(state, frozen, batch),
+                update,
                 state,
                 loader,
                 config=config,
@@ -145,7 +151,7 @@ def main(config: ConfigDict, workdir: str) -> None:
             )
             loader.close()
     checkpoints.close()
-    logger.info("the train step was compiled %d time(s)", next(compilations))
+    logger.info("the train step was compiled %d time(s)", compilations)
 
 
 if __name__ == "__main__":

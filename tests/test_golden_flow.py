@@ -1,4 +1,4 @@
-"""Flow matching around the diffusion transformer against the release: training losses, their gradients, guided sampling."""
+"""Flow matching around the diffusion transformer against the release: losses, their gradients, guided sampling."""
 
 from __future__ import annotations
 
@@ -119,6 +119,5 @@ def test_guided_sampling_matches_the_release(key: str) -> None:
 def test_the_vectors_cover_every_form_and_solver() -> None:
     assert {form for _, form in LOSSES} == {"tensor", "list"}
     assert GRADIENTS
-    assert {(found["method"], found["shift"]) for found in map(SAMPLED.fullmatch, SAMPLES) if found} == {
-        (method, shift) for method in ("euler", "midpoint") for shift in ("noshift", "shift")
-    } | {(found["method"], found["shift"]) for found in map(SAMPLED.fullmatch, SAMPLES) if found}
+    sampled = {(found["method"], found["shift"]) for found in map(SAMPLED.fullmatch, SAMPLES) if found}
+    assert sampled >= {(method, shift) for method in ("euler", "midpoint") for shift in ("noshift", "shift")}

@@ -23,8 +23,8 @@ def cosine_patch_embedding(config: ViTConfig) -> tuple[np.ndarray, np.ndarray]:
     """Kernel [p * p * 3, dim] and bias [dim] of the patch embedding.
 
     The first dim - 2 channels are cos((2y + 1) u pi / 2p) cos((2x + 1) v pi / 2p) (the DCT-II, normalised) times a
-    colour, from low to high frequencies. The last two hold +-`BIAS` and minus half the sum of the others: mean and variance of a token are
-    then nearly constant, and the final LayerNorm nearly linear.
+    colour, from low to high frequencies. The last two hold +-`BIAS` and minus half the sum of the others: mean and
+    variance of a token are then nearly constant, and the final LayerNorm nearly linear.
 
     Raises:
         ValueError: More channels than the patch has pixels.

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, PyTree
 
+from svg_jax.nn.linear import sharded
+
 Layer = TypeVar("Layer", bound=nnx.Module)
 
 # What the backward pass recomputes, from nothing to all of a layer.
@@ -25,7 +27,11 @@ def stacked(make: Callable[[nnx.Rngs], Layer], length: int, *, rngs: nnx.Rngs) -
     if length < 1:
         raise ValueError(f"a stack needs at least one layer, got {length}")
     build = nnx.vmap(make, in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
-    return nnx.split_rngs(splits=length)(build)(rngs)
+    layers = nnx.split_rngs(splits=length)(build)(rngs)
+    for _, variable in nnx.to_flat_state(nnx.state(layers)):  # vmap names the axis of parameters with metadata only
+        if not variable.get_metadata().get("out_sharding"):
+            variable.set_metadata(**sharded("layers", *(None,) * (variable.get_value().ndim - 1)))
+    return layers
 
 
 def scan_layers(

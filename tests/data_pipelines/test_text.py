@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipelines import text
+from configs import base
+from data_pipelines import enhancement, text
 from data_pipelines.sources import open_source
 from tests.vectors import FOLDER
 
@@ -68,6 +69,44 @@ def test_padding_is_the_releases(tmp_path: Path) -> None:
         np.testing.assert_array_equal(tokens, job["input_ids"])
         np.testing.assert_array_equal(np.arange(length) < num_tokens[:, None], np.array(job["attention_mask"], bool))
         assert truncated == [len(caption.split()) + 1 > job["max_length"] for caption in job["captions"]]
+
+
+@pytest.mark.golden
+def test_budget_and_dropout_are_the_releases() -> None:
+    known, config = facts()["facts"], base.get_config()
+    assert config.text.max_tokens == known["sampling_max_length"] == known["training_scripts_max_length"]
+    assert config.data.caption_dropout == known["caption_dropout_default"]
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("example", facts()["enhance"], ids=lambda example: example["prompt"])
+def test_enhanced_prompts_are_cleaned_as_in_the_release(example: dict[str, str]) -> None:
+    cleaned = enhancement.clean_enhancement(example["prompt"], example["decoded_new_text"])
+    assert cleaned == example["result"]
+
+
+@pytest.mark.golden
+def test_enhancement_is_asked_for_as_in_the_release() -> None:
+    expected = facts()["enhance_instruction_with_prompt_PROMPTHERE"]
+    assert enhancement.enhancement_request("PROMPTHERE") == expected
+    end = facts()["toy_vocab"]["<eos>"]
+    assert facts()["enhance_generate_options"] == enhancement.GENERATION | {"eos_token_id": end, "pad_token_id": end}
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (" \n\t\n  a red fox  \nand more", "a red fox"),
+        ("PROMPT: a fox: at rest", "a fox: at rest"),
+        ("Enhanced description:", "a fox"),
+        ("A, b,, a ,B, c, d, e", "A, b, c, d"),
+        (" , ,", ", ,"),
+        ("a" * 200 + " " + "b" * 54 + " cc", "a" * 200 + " " + "b" * 54),
+        ("a" * 200 + " " + "b" * 56, "a" * 200),
+    ],
+)
+def test_enhancement_keeps_what_describes_the_image(written: str, expected: str) -> None:
+    assert enhancement.clean_enhancement("a fox", written) == expected
 
 
 def test_an_empty_caption_gets_no_system_prompt() -> None:

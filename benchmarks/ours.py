@@ -1,0 +1,86 @@
+"""Our side of `benchmarks.train_step`: the compiled step of `svg_jax.train`, on features instead of pixels and captions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from benchmarks import shape as settings
+from benchmarks.shape import Shape
+from svg_jax.flow.paths import path
+from svg_jax.models.next_dit import NextDiT, NextDiTConfig
+from svg_jax.nn.functional import Network
+from svg_jax.state import TrainState, adamw, learning_rate
+from svg_jax.steps import FlowObjective, Networks, text_to_image_step
+
+VERSIONS = {"jax": jax.__version__}
+
+
+class Given:
+    """Stands where a frozen encoder does: what it is given are features already."""
+
+    def __call__(self, params: Any) -> Given:
+        return self
+
+    def encode(self, features: Array, grid: Array) -> Array:
+        return features
+
+    def features(self, features: Array, mask: Array) -> Array:
+        return features
+
+
+def network(shape: Shape, **changes: Any) -> Network[NextDiT]:
+    """Next-DiT at this shape, float32."""
+    config = NextDiTConfig(
+        in_channels=shape.in_channels,
+        text_dim=shape.text_dim,
+        dim=shape.dim,
+        num_layers=shape.num_layers,
+        num_refiner_layers=shape.num_refiner_layers,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        axes_dims=shape.axes_dims,
+        **changes,
+    )
+    return Network(lambda rngs: NextDiT(config, rngs=rngs))
+
+
+def train_step(shape: Shape) -> tuple[Callable[[], float], int]:
+    """A function that makes one update and returns its loss, and the number of parameters."""
+    dit = network(shape)
+    optimiser = adamw(
+        learning_rate(lr=settings.LEARNING_RATE, schedule="constant", warmup_steps=0, num_train_steps=1),
+        b1=settings.BETAS[0],
+        b2=settings.BETAS[1],
+        eps=settings.EPS,
+        weight_decay=settings.WEIGHT_DECAY,
+        clip=settings.CLIP,
+    )
+    networks = Networks(dit, Given(), Given())
+    step = text_to_image_step(networks, FlowObjective(path("Linear")), optimiser, ema_decay=settings.EMA_DECAY)
+    step = jax.jit(step, donate_argnums=0)
+
+    def create(key: Array) -> TrainState:
+        return TrainState.create(dit.init(key), optimiser, key)
+
+    state = jax.jit(create)(jax.random.key(0))
+    frozen = {"autoencoder": {}, "text": {}}
+    image_key, text_key = jax.random.split(jax.random.key(1))
+    batch = {
+        "patches": jax.random.normal(image_key, (shape.batch, shape.image_tokens, shape.in_channels)),
+        "grid": jnp.tile(jnp.array([[shape.rows, shape.cols]], jnp.int32), (shape.batch, 1)),
+        "tokens": jax.random.normal(text_key, (shape.batch, shape.text_tokens, shape.text_dim)),
+        "num_tokens": jnp.full((shape.batch,), shape.text_tokens, jnp.int32),
+    }
+
+    def update() -> float:
+        nonlocal state
+        state, metrics = step(state, frozen, batch)
+        jax.block_until_ready(state)
+        return float(metrics["loss"])
+
+    return update, sum(p.size for p in state.params.values())

@@ -1,0 +1,34 @@
+"""The one shape at which both sides of `benchmarks.train_step` train, and the settings of the optimiser."""
+
+from __future__ import annotations
+
+import dataclasses
+
+LEARNING_RATE = 2e-4
+BETAS = (0.9, 0.95)
+EPS = 1e-15
+WEIGHT_DECAY = 0.0
+CLIP = 2.0  # global norm of the gradient
+EMA_DECAY = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The published model at a quarter of its width: the same head size, grouping of heads and feature widths."""
+
+    dim: int = 576
+    num_layers: int = 4
+    num_refiner_layers: int = 2
+    num_heads: int = 6
+    num_kv_heads: int = 2
+    axes_dims: tuple[int, int, int] = (32, 32, 32)
+    in_channels: int = 384
+    text_dim: int = 2304
+    rows: int = 16
+    cols: int = 16
+    text_tokens: int = 64
+    batch: int = 4
+
+    @property
+    def image_tokens(self) -> int:
+        return self.rows * self.cols

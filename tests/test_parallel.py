@@ -1,0 +1,129 @@
+"""The mesh, the rule table, and what it makes of the real networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from svg_jax.models.decoder import Decoder, DecoderConfig
+from svg_jax.models.gemma2 import Gemma2, Gemma2Config
+from svg_jax.models.next_dit import NextDiT, NextDiTConfig
+from svg_jax.models.vit import ViT, ViTConfig
+from svg_jax.nn.functional import Network
+from svg_jax.parallel import batch_multiple, constrain_batch, make_mesh, param_shardings, param_spec, to_devices
+
+MESH = {"fsdp": 4, "tensor": 2}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        ({"data": 1, "fsdp": -1, "tensor": 1}, (1, 8, 1)),
+        ({"fsdp": 4, "tensor": 2}, (1, 4, 2)),
+        ({"data": 2, "fsdp": 2, "tensor": -1}, (2, 2, 2)),
+        ({"data": -1}, (8, 1, 1)),
+    ],
+)
+def test_mesh_sizes(sizes: dict[str, int], shape: tuple[int, ...]) -> None:
+    mesh = make_mesh(sizes)
+    assert dict(mesh.shape) == dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
+    assert batch_multiple(mesh) == shape[0] * shape[1]
+
+
+def test_a_mesh_of_some_devices() -> None:
+    assert make_mesh({"fsdp": -1}, jax.devices()[:2]).size == 2
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"model": 8}, r"unknown mesh axes \['model'\]: there are data, fsdp, tensor"),
+        ({"fsdp": 3}, "mesh data=1, fsdp=3, tensor=1 does not fit 8 devices"),
+        ({"fsdp": -1, "tensor": 3}, "fsdp=-1, tensor=3 does not fit 8 devices"),
+        ({"data": -1, "fsdp": -1}, "data=-1, fsdp=-1, tensor=1 does not fit 8 devices"),
+        ({"fsdp": -1, "tensor": 0}, "tensor=0 does not fit 8 devices"),
+        ({"data": -2, "fsdp": -4}, "does not fit 8 devices"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_mesh(sizes)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "spec"),
+    [
+        ((16, 24), ("embed", "mlp"), P("fsdp", "tensor")),
+        ((24, 16), ("heads", "embed"), P("tensor", "fsdp")),
+        ((16, 24), ("embed", None), P("fsdp", None)),
+        ((3, 3, 16, 24), (None, None, "embed", "mlp"), P(None, None, "fsdp", "tensor")),
+        # A mesh axis is used once.
+        ((16, 16), ("embed", "embed"), P("fsdp", None)),
+        # What does not divide stays whole, and fsdp takes another dimension.
+        ((6, 24), ("embed", None), P(None, "fsdp")),
+        ((16, 25), ("embed", "mlp"), P("fsdp", None)),
+        ((16, 25), ("mlp", "embed"), P("tensor", None)),
+        ((6, 24), ("embed", "mlp"), P(None, "tensor")),
+        ((6, 7), ("embed", None), P(None, None)),
+        ((16, 24), (None, None), P("fsdp", None)),
+        # Vectors are replicated, stacked ones too.
+        ((64,), ("embed",), P()),
+        ((8, 64), ("layers", None), P()),
+        # The axis of the layers is never cut.
+        ((8, 16, 24), ("layers", "embed", "mlp"), P(None, "fsdp", "tensor")),
+        ((8, 6, 7), ("layers", "embed", "mlp"), P(None, None, None)),
+    ],
+)
+def test_rules(shape: tuple[int, ...], axes: tuple[str | None, ...], spec: P) -> None:
+    assert param_spec(shape, axes, make_mesh(MESH)) == spec
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rngs: NextDiT(NextDiTConfig.next_dit_2p6b(), rngs=rngs),
+        lambda rngs: Gemma2(Gemma2Config.gemma2_2b(), rngs=rngs),
+        lambda rngs: ViT(ViTConfig.vits16plus(), rngs=rngs),
+        lambda rngs: Decoder(DecoderConfig.svg(), rngs=rngs),
+    ],
+    ids=["next_dit", "gemma2", "vit", "decoder"],
+)
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, MESH], ids=str)
+def test_no_released_weight_is_whole_on_a_device(make: Callable[[nnx.Rngs], Any], sizes: dict[str, int]) -> None:
+    mesh, network = make_mesh(sizes), Network(make)
+    shardings = param_shardings(network.shapes, network.axes, mesh)
+    for name, struct in network.shapes.items():
+        assert not name.startswith("layers.") or network.axes[name][0] == "layers", name
+        local = shardings[name].shard_shape(struct.shape)
+        if network.axes[name][0] == "layers":
+            assert local[0] == struct.shape[0], f"{name}: its layers are cut"
+        if name.endswith(".kernel"):
+            assert np.prod(local) * mesh.shape["fsdp"] <= np.prod(struct.shape), name
+
+
+def test_batches_are_split_over_data_and_fsdp() -> None:
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    batch = {"patches": np.arange(8 * 3).reshape(8, 3).astype(np.uint8), "grid": np.ones((8, 2), np.int32)}
+    arrays = to_devices(batch, mesh)
+    for name, value in batch.items():
+        np.testing.assert_array_equal(arrays[name], value)
+        assert arrays[name].dtype == value.dtype
+        assert {shard.data.shape[0] for shard in arrays[name].addressable_shards} == {2}
+
+
+def test_activations_are_kept_split_where_a_mesh_is_set() -> None:
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    x = jnp.ones((8, 2))
+    assert constrain_batch(x) is x
+    with jax.set_mesh(mesh):
+        split = jax.jit(lambda x: constrain_batch(x * 2))(x)
+        odd = jax.jit(lambda x: constrain_batch(x * 2))(x[:3])
+    assert split.sharding.shard_shape(split.shape) == (2, 2)
+    assert odd.sharding.shard_shape(odd.shape) == (3, 2)

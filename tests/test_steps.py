@@ -1,0 +1,300 @@
+"""The compiled steps: what enters a loss, what a gradient is the gradient of, what changes and what does not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jaxtyping import Array
+
+from svg_jax.flow.paths import path
+from svg_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from svg_jax.models.decoder import DecoderConfig
+from svg_jax.models.gemma2 import Gemma2, Gemma2Config
+from svg_jax.models.next_dit import NextDiT, NextDiTConfig
+from svg_jax.models.vit import ViTConfig
+from svg_jax.nn.functional import Network, Params
+from svg_jax.state import TrainState
+from svg_jax.steps import (
+    Batch,
+    FlowObjective,
+    Frozen,
+    Moments,
+    Networks,
+    Sampling,
+    accumulate,
+    autoencoder_step,
+    features_2d,
+    reconstruct,
+    sample_images,
+    target_pixels,
+    text_to_image_step,
+    update_moments,
+)
+from tests.vectors import assert_close
+
+PATCH, CHANNELS, TOKENS, TEXT_TOKENS = 4, 16, 6, 5
+GRID = np.array([[2, 3], [3, 1], [1, 2], [0, 0]], np.int32)  # (0, 0): no image
+NUM_TOKENS = np.array([5, 1, 3, 2], np.int32)
+OBJECTIVE = FlowObjective(path("Linear"), shift=2.0)
+DECAY = 0.75
+
+
+class Tiny(NamedTuple):
+    """Networks of every kind with a few parameters, none of them zero."""
+
+    networks: Networks
+    params: Params
+    frozen: Frozen
+
+    def state(self, seed: int = 0) -> TrainState:
+        return TrainState.create(self.params, optax.sgd(1.0), jax.random.key(seed))
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Tiny:
+    dit = NextDiTConfig(
+        in_channels=CHANNELS, text_dim=16, dim=16, num_layers=2, num_refiner_layers=1, num_heads=2, num_kv_heads=1,
+        multiple_of=8, axes_dims=(4, 2, 2), axes_lens=(8, 8, 8),
+    )  # fmt: skip
+    vit = ViTConfig(dim=CHANNELS, num_layers=1, num_heads=2, hidden_dim=32, patch_size=PATCH, layer_scale=0.5)
+    decoder = DecoderConfig(z_channels=CHANNELS, channels=32, channel_multipliers=(1, 1, 1), num_res_blocks=0)
+    text = Gemma2Config.tiny(dim=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, hidden_dim=16)
+    networks = Networks(
+        Network(lambda rngs: NextDiT(dit, rngs=rngs)),
+        Network(lambda rngs: Autoencoder(AutoencoderConfig(vit, decoder), rngs=rngs)),
+        Network(lambda rngs: Gemma2(text, rngs=rngs)),
+    )
+    init = jax.jit(lambda key: [network.init(key) for network in networks])
+    params, autoencoder, language = init(jax.random.key(0))
+    draw = np.random.default_rng(0)
+    params = {name: value + 0.1 * draw.normal(size=value.shape).astype(np.float32) for name, value in params.items()}
+    return Tiny(networks, params, Frozen(autoencoder=autoencoder, text=language))
+
+
+def make_batch(seed: int = 1, grid: np.ndarray = GRID) -> Batch:
+    """Random pixels and captions; padding holds random numbers too."""
+    draw = np.random.default_rng(seed)
+    num_tokens = np.resize(NUM_TOKENS, len(grid))
+    return Batch(
+        patches=jnp.asarray(draw.integers(0, 256, (len(grid), TOKENS, PATCH * PATCH * 3)), jnp.uint8),
+        grid=jnp.asarray(grid),
+        tokens=jnp.asarray(draw.integers(0, 259, (len(grid), TEXT_TOKENS)), jnp.int32),
+        num_tokens=jnp.asarray(num_tokens),
+    )
+
+
+def with_other_padding(batch: Batch) -> Batch:
+    """The same images and captions: only what no mask lets through is drawn anew."""
+    other = make_batch(seed=2, grid=np.asarray(batch["grid"]))
+    image = np.arange(TOKENS)[None] < np.prod(batch["grid"], axis=1)[:, None]
+    text = (np.arange(TEXT_TOKENS)[None] < np.asarray(batch["num_tokens"])[:, None]) & image.any(axis=1)[:, None]
+    return Batch(
+        patches=jnp.where(image[..., None], batch["patches"], other["patches"]),
+        grid=batch["grid"],
+        tokens=jnp.where(text, batch["tokens"], other["tokens"]),
+        num_tokens=batch["num_tokens"],
+    )
+
+
+@pytest.fixture(scope="module")
+def steps(tiny: Tiny) -> dict[int, Any]:
+    """Compiled steps by number of micro-batches. Plain gradient descent with rate 1: the gradient is p - p'."""
+
+    def step(micro_batches: int) -> Any:
+        return jax.jit(
+            text_to_image_step(tiny.networks, OBJECTIVE, optax.sgd(1.0), ema_decay=DECAY, micro_batches=micro_batches)
+        )
+
+    return {parts: step(parts) for parts in (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def by_hand(tiny: Tiny) -> Callable[[int, Array], tuple[Array, Params]]:
+    """The mean loss and its gradient as the documents state them, one image at a time, without padding or masks."""
+    batch, held = make_batch(), np.flatnonzero(GRID[:, 0])
+    x1 = jax.jit(tiny.networks.autoencoder(tiny.frozen["autoencoder"]).encode)(batch["patches"], batch["grid"])
+    mask = jnp.arange(TEXT_TOKENS)[None] < batch["num_tokens"][:, None]
+    text = jax.jit(tiny.networks.text(tiny.frozen["text"]).features)(batch["tokens"], mask)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params: Params, times: Array, noise: Array) -> Array:
+        losses = []
+        for i in held:
+            n, words, t = int(np.prod(GRID[i])), int(NUM_TOKENS[i]), times[i]
+            x_t = t * x1[i, :n] + (1 - t) * noise[i, :n]
+            words_mask = jnp.ones((1, words), bool)
+            v = tiny.networks.dit(params)(
+                x_t[None], t[None], text[i : i + 1, :words], grid=jnp.asarray(GRID[i : i + 1]), text_mask=words_mask
+            )
+            losses.append(jnp.mean((v[0] - (x1[i, :n] - noise[i, :n])) ** 2))
+        return jnp.mean(jnp.stack(losses))
+
+    def run(parts: int, key: Array) -> tuple[Array, Params]:
+        times, noise = np.zeros(len(GRID), np.float32), np.zeros((len(GRID), TOKENS, CHANNELS), np.float32)
+        keys = [key] if parts == 1 else jax.random.split(key, parts)
+        for part in range(parts):  # a part takes every parts-th row
+            time_key, noise_key = jax.random.split(keys[part])
+            rows = slice(part, None, parts)
+            count = len(times[rows])
+            z = jax.nn.sigmoid(jax.random.normal(time_key, (count,)))
+            times[rows] = z / (z + OBJECTIVE.shift * (1 - z))
+            noise[rows] = jax.random.normal(noise_key, (count, TOKENS, CHANNELS))
+        return loss(tiny.params, times, noise)
+
+    return run
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_step_descends_the_mean_loss_over_all_images(
+    tiny: Tiny, steps: dict[int, Any], by_hand: Callable[[int, Array], tuple[Array, Params]], parts: int
+) -> None:
+    """Parts with unlike numbers of images too: of two, one holds rows 0 and 2, the other row 1."""
+    state = dataclasses.replace(tiny.state(), step=jnp.asarray(7, jnp.int32))
+    value, grads = by_hand(parts, jax.random.fold_in(state.key, 7))
+    after, metrics = steps[parts](state, tiny.frozen, make_batch())
+    assert_close(metrics["loss"], value, 1e-5)
+    norm = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in map(np.asarray, grads.values())))
+    assert_close(metrics["grad_norm"], norm, 1e-4)
+    for name, gradient in grads.items():
+        assert np.asarray(gradient).any() or name.startswith("norm_final"), name
+        scale = max(np.abs(gradient).max(), np.abs(state.params[name]).max() * 1e-2)  # the difference rounds
+        error = np.abs((state.params[name] - after.params[name]) - gradient).max()
+        assert error <= 1e-4 * scale, f"{name}: {error} of {scale}"
+        assert_close(after.ema[name], DECAY * state.params[name] + (1 - DECAY) * after.params[name], 1e-6, name)
+    assert int(after.step) == 8
+
+
+def test_padding_and_empty_slots_change_nothing(tiny: Tiny, steps: dict[int, Any]) -> None:
+    one, other = (
+        steps[1](tiny.state(), tiny.frozen, batch) for batch in (make_batch(), with_other_padding(make_batch()))
+    )
+    assert_close(other[1]["loss"], one[1]["loss"], 1e-6)
+    for name, value in one[0].params.items():
+        assert_close(other[0].params[name], value, 1e-6, name)
+
+
+def test_a_batch_without_images_changes_no_parameter(tiny: Tiny, steps: dict[int, Any]) -> None:
+    after, metrics = steps[1](tiny.state(), tiny.frozen, make_batch(grid=np.zeros_like(GRID)))
+    assert float(metrics["loss"]) == float(metrics["grad_norm"]) == 0.0
+    for name, value in tiny.params.items():
+        np.testing.assert_array_equal(after.params[name], value)
+
+
+def test_randomness_is_the_key_and_the_step(tiny: Tiny, steps: dict[int, Any]) -> None:
+    def loss(step: int, seed: int = 0) -> float:
+        state = dataclasses.replace(tiny.state(seed), step=jnp.asarray(step, jnp.int32))
+        return float(steps[1](state, tiny.frozen, make_batch())[1]["loss"])
+
+    assert loss(3) == loss(3)
+    assert len({loss(3), loss(4), loss(3, seed=1)}) == 3
+
+
+def test_the_loss_by_time_adds_up_to_the_loss(tiny: Tiny, steps: dict[int, Any]) -> None:
+    _, metrics = steps[1](tiny.state(), tiny.frozen, make_batch())
+    by_time = np.asarray(metrics["loss_by_time"])
+    assert np.nanmin(by_time) <= float(metrics["loss"]) <= np.nanmax(by_time)
+    assert np.isnan(by_time).any()  # bins that no time fell into
+    assert by_time.shape == (10,)
+
+
+def test_one_program_for_all_shapes_of_images(tiny: Tiny, steps: dict[int, Any]) -> None:
+    before = steps[1]._cache_size()
+    for grid in (GRID, GRID[::-1].copy(), np.ones_like(GRID)):
+        steps[1](tiny.state(), tiny.frozen, make_batch(grid=grid))
+    assert steps[1]._cache_size() == max(before, 1)
+
+
+def test_accumulation_sums_over_parts_that_cover_the_batch() -> None:
+    batch: Any = {"x": jnp.arange(12.0).reshape(6, 2)}
+
+    def function(batch: Any, key: Array) -> Any:
+        return {"sum": batch["x"].sum(axis=0)}, {"loss": jnp.sum(batch["x"] ** 2)}
+
+    whole = accumulate(function, batch, jax.random.key(0), 1)
+    for parts in (2, 3, 6):
+        assert jax.tree.map(np.asarray, accumulate(function, batch, jax.random.key(0), parts))[1] == whole[1]
+    with pytest.raises(ValueError, match="a batch of 6 cannot be cut into 4 micro-batches"):
+        accumulate(function, batch, jax.random.key(0), 4)
+
+
+def square(grid: tuple[int, int], count: int = 4, empty: int = 3) -> Batch:
+    """A batch of one grid, one slot of which holds no image."""
+    return make_batch(grid=np.array([grid if i != empty else (0, 0) for i in range(count)], np.int32))
+
+
+def test_the_autoencoder_step_trains_the_decoder_alone(tiny: Tiny) -> None:
+    network, grid, batch = tiny.networks.autoencoder, (2, 3), square((2, 3))
+    everything = tiny.frozen["autoencoder"]
+    decoder = {name: value for name, value in everything.items() if name.startswith("decoder.")}
+    rest = {name: value for name, value in everything.items() if name not in decoder}
+    state = TrainState.create(decoder, optax.sgd(0.1), jax.random.key(0), frozen=rest)
+    step = jax.jit(autoencoder_step(network, optax.sgd(0.1), ema_decay=DECAY, grid=grid))
+
+    after, metrics = step(state, batch)
+    features = features_2d(network, everything, batch, grid)
+    images = np.asarray(network(everything).decoder(features), np.float64)
+    errors = np.abs(images - np.asarray(target_pixels(batch["patches"], grid)))
+    assert_close(metrics["loss"], errors[:3].mean(), 1e-5)
+    assert after.params.keys() == after.ema.keys() == decoder.keys()
+    assert all((np.asarray(after.params[name]) != np.asarray(value)).any() for name, value in decoder.items())
+    for name, value in rest.items():
+        np.testing.assert_array_equal(after.frozen[name], value)
+    assert float(step(after, batch)[1]["loss"]) < float(metrics["loss"])
+
+
+def test_reconstructions_and_their_targets_line_up(tiny: Tiny) -> None:
+    grid, batch = (2, 3), square((2, 3))
+    pixels = np.asarray(target_pixels(batch["patches"], grid))
+    assert pixels.shape == (4, 2 * PATCH, 3 * PATCH, 3)
+    patch = np.asarray(batch["patches"])[1, 5].reshape(PATCH, PATCH, 3)  # row 1, column 2
+    assert_close(pixels[1, PATCH:, 2 * PATCH :], patch / 127.5 - 1.0, 1e-6)
+    images = reconstruct(tiny.networks.autoencoder, tiny.frozen["autoencoder"], batch, grid)
+    assert images.shape == pixels.shape
+    assert images.dtype == jnp.uint8
+
+
+def test_moments_are_those_of_all_valid_tokens(tiny: Tiny) -> None:
+    network, params = tiny.networks.autoencoder, tiny.frozen["autoencoder"]
+    update = jax.jit(lambda moments, batch: update_moments(network, params, moments, batch))
+    moments, rows = Moments.zero(CHANNELS), []
+    for seed, grid in enumerate([GRID, GRID[::-1].copy(), np.zeros_like(GRID)]):
+        batch = make_batch(seed, grid)
+        moments = update(moments, batch)
+        features = np.asarray(network(params).features(batch["patches"], batch["grid"]), np.float64)
+        rows += [features[i, : rows_ * cols] for i, (rows_, cols) in enumerate(grid)]
+    tokens = np.concatenate(rows)
+    assert int(moments.num_tokens) == len(tokens)
+    assert_close(moments.mean, tokens.mean(axis=0), 1e-5)
+    assert_close(moments.std(), tokens.std(axis=0), 1e-5)
+
+
+def test_no_moments_yet() -> None:
+    assert Moments.zero(3).std().tolist() == [0.0] * 3
+
+
+def test_a_picture_depends_on_its_own_prompt_and_place_only(tiny: Tiny) -> None:
+    batch = make_batch()
+
+    def draw(rows: list[int]) -> np.ndarray:
+        prompts = jnp.concatenate([batch["tokens"][jnp.array(rows)], jnp.full((len(rows), TEXT_TOKENS), 2)])
+        lengths = jnp.concatenate([batch["num_tokens"][jnp.array(rows)], jnp.ones(len(rows), jnp.int32)])
+        sample = jax.jit(
+            lambda tokens, lengths, places: sample_images(
+                tiny.networks, tiny.params, tiny.frozen, tokens, lengths, places, jax.random.key(5), Sampling(),
+                grid=(2, 3), num_steps=3, method="midpoint",
+            )
+        )  # fmt: skip
+        return np.asarray(sample(prompts, lengths, jnp.array([[row, 0] for row in rows])), np.int32)
+
+    together, alone = draw([0, 1, 2]), draw([2])
+    assert together.shape == (3, 2 * PATCH, 3 * PATCH, 3)
+    assert np.abs(together[2] - alone[0]).max() <= 1  # float32 may round a pixel the other way
+    assert (together[0] != together[2]).any()

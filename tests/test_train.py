@@ -1,0 +1,258 @@
+"""Training end to end on a tiny model: through the door, interrupted and resumed, and on several meshes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import tiny_autoencoder, tiny_scenes
+from data_pipelines.batches import TextToImageBatches
+from data_pipelines.scenes import write_scenes
+from data_pipelines.sources import open_source
+from data_pipelines.text import ByteTokenizer
+from svg_jax import assemble, sample, train, train_autoencoder
+from svg_jax.flow.paths import path
+from svg_jax.loop import device_batch
+from svg_jax.nn.functional import Network
+from svg_jax.parallel import batch_sharding, make_mesh, replicated
+from svg_jax.state import TrainState
+from svg_jax.steps import FlowObjective, text_to_image_step
+
+SMALL = {  # overrides that make a run of seconds
+    "batch_size": 8,
+    "log_every": 1,
+    "checkpoint.every": 3,
+    "sample.every": 0,
+    "data.num_threads": 0,
+    "model.dim": 32,
+    "model.num_layers": 2,
+    "model.axes_dims": (4, 2, 2),
+    "text.max_tokens": 16,
+    "autoencoder.decoder.channel_multipliers": (1, 1, 1, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_scenes(tmp_path_factory.mktemp("scenes"), 32, seed=0)
+
+
+def small_config(data: Path, **overrides: Any) -> ConfigDict:
+    config = tiny_scenes.get_config()
+    config.update_from_flattened_dict(SMALL | {"data.path": str(data)} | overrides)
+    return config
+
+
+def scalars(workdir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def command(workdir: Path, data: Path, **overrides: Any) -> list[str]:
+    values = {k: v for k, v in (SMALL | {"data.path": str(data)} | overrides).items() if not isinstance(v, tuple)}
+    flags = [f"--config.{key}={value}" for key, value in values.items()]
+    flags += [f"--config.{k}={v}" for k, v in SMALL.items() if isinstance(v, tuple)]
+    config = Path(tiny_scenes.__file__)
+    return [sys.executable, "-m", "svg_jax.train", f"--config={config}", f"--workdir={workdir}", *flags]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir)}
+
+
+@pytest.mark.slow
+def test_killed_at_any_step_and_started_again_gives_the_same_losses(data: Path, tmp_path: Path) -> None:
+    """SIGKILL before the first checkpoint, and again after one: bit for bit as a run never interrupted."""
+    steps = {"num_train_steps": 8}
+    subprocess.run(command(tmp_path / "whole", data, **steps), env=environment(), check=True, timeout=300)
+    whole = scalars(tmp_path / "whole")
+    assert [line["step"] for line in whole] == list(range(8))
+
+    log = tmp_path / "killed" / "metrics.jsonl"
+    for kill_at in (1, 5):
+        process = subprocess.Popen(command(tmp_path / "killed", data, **steps), env=environment())
+        deadline = time.monotonic() + 300
+        while not log.exists() or len(log.read_text().splitlines()) <= kill_at:
+            assert process.poll() is None, "ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command(tmp_path / "killed", data, **steps), env=environment(), check=True, timeout=300)
+
+    killed = scalars(tmp_path / "killed")
+    exact = ("step", "loss", "grad_norm")
+    assert [[line[k] for k in exact] for line in killed] == [[line[k] for k in exact] for line in whole]
+
+
+MESHES = ({"fsdp": 1}, {"fsdp": 8}, {"fsdp": 4, "tensor": 2})
+
+
+@pytest.fixture(scope="module")
+def losses_by_mesh(data: Path) -> dict[str, tuple[list[float], TrainState, Any]]:
+    """Three steps of the same training on each mesh."""
+    config = small_config(data)
+    networks = assemble.networks(config)
+    optimiser = assemble.optimiser(config)
+    batches = TextToImageBatches(
+        open_source(data), ByteTokenizer(), batch_size=8, resolution=64, patch_size=8, max_text_tokens=16, seed=0
+    )
+    objective = FlowObjective(path("Linear"))
+    results = {}
+    for sizes in MESHES:
+        mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
+        at = assemble.shardings(networks.dit, mesh)
+        create = lambda params: TrainState.create(params, optimiser, jax.random.key(0))  # noqa: E731
+        state_at, _ = assemble.placed(jax.eval_shape(create, networks.dit.shapes), at, mesh)
+        state = jax.jit(create, out_shardings=state_at)(assemble.fresh(networks.dit, mesh, 0))
+        frozen = assemble.frozen(config, networks, mesh)
+        frozen_at = jax.tree.map(lambda x: x.sharding, frozen)
+        with jax.set_mesh(mesh):
+            step = jax.jit(
+                text_to_image_step(networks, objective, optimiser, ema_decay=0.9),
+                in_shardings=(state_at, frozen_at, batch_sharding(mesh)),
+                out_shardings=(state_at, replicated(mesh)),
+            )
+            losses = []
+            for i in range(3):
+                state, metrics = step(state, frozen, device_batch(batches[i], mesh))
+                losses.append(float(metrics["loss"]))
+        results[str(sizes)] = losses, state, mesh
+    return results
+
+
+def test_losses_are_the_same_on_every_mesh(losses_by_mesh) -> None:
+    one = losses_by_mesh[str(MESHES[0])][0]
+    assert len(set(one)) == 3
+    for sizes in MESHES[1:]:
+        np.testing.assert_allclose(losses_by_mesh[str(sizes)][0], one, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", MESHES[1:], ids=str)
+def test_no_device_holds_more_of_a_weight_matrix_than_its_share(losses_by_mesh, sizes) -> None:
+    _, state, mesh = losses_by_mesh[str(sizes)]
+    moments = state.opt_state[1][0]
+    matrices = 0
+    for name, value in state.params.items():
+        if not name.endswith(".kernel"):
+            continue
+        matrices += 1
+        for kind, array in {
+            "params": value,
+            "ema": state.ema[name],
+            "m": moments.mu[name],
+            "v": moments.nu[name],
+        }.items():
+            for shard in array.addressable_shards:
+                assert shard.data.size * mesh.shape["fsdp"] <= array.size, f"{kind} {name}"
+    assert matrices > 20
+
+
+def test_autoencoder_then_diffusion_then_pictures(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The three doors one after the other: the second reads the first's checkpoint, the third both."""
+    config = tiny_autoencoder.get_config()
+    small = {key: value for key, value in SMALL.items() if not key.startswith(("model", "text"))}
+    config.update_from_flattened_dict(
+        small | {"data.path": str(data), "num_train_steps": 3, "statistics.num_images": 16}
+    )
+    train_autoencoder.main(config, str(tmp_path / "autoencoder"))
+    assert scalars(tmp_path / "autoencoder")[-1]["step"] == 2
+
+    config = small_config(data, num_train_steps=2, **{"sample.every": 2, "sample.num_steps": 2})
+    config.autoencoder.checkpoint = str(tmp_path / "autoencoder")
+    train.main(config, str(tmp_path / "dit"))
+    assert scalars(tmp_path / "dit")[-1]["compilations"] == 1
+    assert list((tmp_path / "dit" / "samples").glob("*.png"))
+
+    arguments = ["--workdir", str(tmp_path / "dit"), "--out", str(tmp_path / "out"), "--num-steps", "2"]
+    sample.main([*arguments, "--prompt", "a red circle", "--height", "32", "--width", "96", "--seed", "7"])
+    pictures = [Path(line) for line in capsys.readouterr().out.split()]
+    assert [picture.name for picture in pictures] == ["0000_0_a-red-circle.png"]
+    from PIL import Image
+
+    assert Image.open(pictures[0]).size == (96, 32)
+
+    with pytest.raises(SystemExit, match=r"width 65 is not a multiple of the patch size 8: choose 64"):
+        sample.main([*arguments, "--prompt", "a red circle", "--width", "65"])
+    with pytest.raises(SystemExit, match="nothing to draw"):
+        sample.main(arguments)
+
+    # The same architecture begins from the averaged weights; another one is refused, with names and shapes.
+    config = small_config(data, num_train_steps=1, init_from=str(tmp_path / "dit"))
+    train.main(config, str(tmp_path / "next"))
+    assert scalars(tmp_path / "next")[-1]["step"] == 0
+    config = small_config(data, num_train_steps=1, init_from=str(tmp_path / "dit"), **{"model.num_layers": 1})
+    with pytest.raises(SystemExit, match=r"another architecture: shapes differ: layers\..* instead of"):
+        train.main(config, str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"data.path": "missing.jsonl"}, "missing.jsonl"),
+        ({"data.resolution": 60}, "resolution.*60.*multiple"),
+        ({"batch_size": 12}, r"batch_size 12 .* multiple of 8"),
+        ({"model.in_channels": 9}, "in_channels is 9 .* 16 channels"),
+        ({"mesh.tensor": 3}, "tensor=3 does not fit 8 devices"),
+        ({"flow.path": "Linea"}, "Linear"),
+        ({"flow.times": "lognormal"}, "lognorm"),
+        ({"optim.schedule": "cosin"}, "cosine"),
+        ({"init_from": "nowhere"}, "no checkpoint in .*nowhere"),
+        ({"text.tokenizer": "nowhere"}, "nowhere"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(data: Path, tmp_path: Path, overrides, message: str) -> None:
+    config = small_config(data, num_train_steps=1, **overrides)
+    with pytest.raises(SystemExit, match=message) as error:
+        train.main(config, str(tmp_path / "run"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_workdir_that_cannot_be_written_is_said_in_one_sentence(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SystemExit, match=r"cannot write.*file.*choose another --workdir"):
+        train.main(small_config(data, num_train_steps=1), str(tmp_path / "file" / "run"))
+
+
+def test_broken_images_are_skipped_and_counted_and_too_many_stop_the_run(tmp_path: Path) -> None:
+    data = write_scenes(tmp_path, 16, seed=0)
+    lines = data.read_text().splitlines()
+    (tmp_path / "images" / "000003.png").write_bytes(b"no picture")
+    lines[5] = "not json"
+    data.write_text("\n".join(lines) + "\n")
+    config = small_config(data, num_train_steps=2, **{"data.max_bad_fraction": 0.5})
+    train.main(config, str(tmp_path / "run"))
+    line = scalars(tmp_path / "run")[-1]
+    assert line["data/bad_fraction"] == pytest.approx(2 / 16)
+    assert np.isfinite(line["loss"])
+
+    config = small_config(data, num_train_steps=30, **{"data.max_bad_fraction": 0.01})
+    with pytest.raises(RuntimeError, match=r"max_bad_fraction=0\.01"):
+        train.main(config, str(tmp_path / "stopped"))
+
+
+def test_released_stages_fit_together() -> None:
+    """The configs of the four stages build their networks, abstractly, at full size."""
+    from configs import stage1, stage2, stage3, stage4
+
+    resolutions = []
+    for stage in (stage1, stage2, stage3, stage4):
+        config = stage.get_config()
+        networks = assemble.networks(config)
+        assert isinstance(networks.dit, Network)
+        parameters = sum(int(np.prod(shape.shape)) for shape in networks.dit.shapes.values())
+        assert 2.5e9 < parameters < 2.7e9
+        resolutions.append(config.data.resolution)
+    assert resolutions == [256, 512, 1024, 1024]
