@@ -1,4 +1,4 @@
-r"""The demo's autoencoder: 64 px scenes, patches of 8, a stand-in encoder of 16 channels.
+r"""The demo's autoencoder: 64 px scenes, patches of 8, a stand-in encoder of 12 channels.
 
 python -m svg_jax.train_autoencoder --config=configs/tiny_autoencoder.py --workdir=out/demo/autoencoder \
     --config.data.path=out/demo/scenes/train/records.jsonl
@@ -15,7 +15,7 @@ from configs import autoencoder_base
 def get_config() -> ConfigDict:
     """Read by `--config`."""
     config = autoencoder_base.get_config()
-    config.num_train_steps = 600
+    config.num_train_steps = 500
     config.batch_size = 16
     config.log_every = 20
     config.autoencoder.update(autoencoder())
@@ -33,25 +33,25 @@ def get_config() -> ConfigDict:
     config.optim.clip = 1.0
     config.optim.ema = 0.99
 
-    config.checkpoint.every = 300
-    config.sample.every = 300
+    config.checkpoint.every = 250
+    config.sample.every = 250
     return config
 
 
 def autoencoder() -> dict[str, dict[str, object]]:
     """Sizes of the tiny autoencoder, shared by the tiny diffusion configs."""
     encoder = {
-        "dim": 16,
+        "dim": 12,
         "num_layers": 2,
-        "num_heads": 2,
-        "hidden_dim": 64,
+        "num_heads": 1,
+        "hidden_dim": 48,
         "gated": False,
         "patch_size": 8,
         "layer_scale": 0.1,
         "dtype": "float32",
     }
     decoder = {
-        "z_channels": 16,
+        "z_channels": 12,
         "channels": 32,
         "channel_multipliers": (1, 1, 2, 3),
         "num_res_blocks": 0,

@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     config.text.system_prompt = "empty"
 
     config.model.update(
-        in_channels=16,
+        in_channels=12,
         text_dim=64,
         dim=128,
         num_layers=4,
@@ -40,7 +40,6 @@ def get_config() -> ConfigDict:
         ffn_dim_multiplier=2 / 3,
         axes_dims=(8, 12, 12),
         axes_lens=(64, 16, 16),
-        rope_theta=100.0,
         dtype="float32",
         remat="none",
     )
@@ -59,7 +58,7 @@ def get_config() -> ConfigDict:
     config.checkpoint.every = 600
     config.sample.every = 600
     config.sample.num_steps = 20
-    config.sample.guidance_scale = 3.0
+    config.sample.guidance_scale = 4.0
     config.sample.renorm = 0.0
     config.sample.shift = 1.0
     config.sample.batch_size = 32

@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/demo"))
     parser.add_argument("--long", action="store_true", help="train on for up to two hours")
     parser.add_argument("--num-scenes", type=int, default=10_000)
-    parser.add_argument("--autoencoder-steps", type=int, default=600)
+    parser.add_argument("--autoencoder-steps", type=int, default=500)
     parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--long-steps", type=int, default=30_000)
     parser.add_argument("--photograph-steps", type=int, default=60)

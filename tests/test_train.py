@@ -204,7 +204,7 @@ def test_autoencoder_then_diffusion_then_pictures(
         ({"data.path": "missing.jsonl"}, "missing.jsonl"),
         ({"data.resolution": 60}, "resolution.*60.*multiple"),
         ({"batch_size": 12}, r"batch_size 12 .* multiple of 8"),
-        ({"model.in_channels": 9}, "in_channels is 9 .* 16 channels"),
+        ({"model.in_channels": 9}, "in_channels is 9 .* 12 channels"),
         ({"mesh.tensor": 3}, "tensor=3 does not fit 8 devices"),
         ({"flow.path": "Linea"}, "Linear"),
         ({"flow.times": "lognormal"}, "lognorm"),

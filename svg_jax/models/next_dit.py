@@ -46,7 +46,6 @@ class NextDiTConfig:
     qk_norm_eps: float = 1e-6  # 1e-5 where the weights were trained with NVIDIA apex installed
     axes_dims: tuple[int, int, int] = (32, 32, 32)  # channels of a head that turn with caption index, row, column
     axes_lens: tuple[int, int, int] = (600, 512, 512)  # how many positions each axis has
-    rope_theta: float = 10000.0
     patch_size: int = 1  # features a side that make one token
     dtype: str = "float32"  # of the computation; parameters are float32
     remat: str = "none"  # see nn.stack.REMAT
@@ -291,9 +290,7 @@ class NextDiT(nnx.Module):
             raise ValueError(f"{text_tokens} text tokens, but axes_lens[0] = {config.axes_lens[0]} allows fewer")
 
         image_mask = token_mask(grid, image_tokens)
-        cos, sin = multi_axis(
-            positions(grid, text_mask, image_tokens), config.axes_dims, config.axes_lens, config.rope_theta
-        )
+        cos, sin = multi_axis(positions(grid, text_mask, image_tokens), config.axes_dims, config.axes_lens)
         text_rotary = cos[:, :text_tokens], sin[:, :text_tokens]
         image_rotary = cos[:, text_tokens:], sin[:, text_tokens:]
 
