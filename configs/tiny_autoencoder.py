@@ -15,7 +15,7 @@ from configs import autoencoder_base
 def get_config() -> ConfigDict:
     """Read by `--config`."""
     config = autoencoder_base.get_config()
-    config.num_train_steps = 500
+    config.num_train_steps = 650
     config.batch_size = 16
     config.log_every = 20
     config.autoencoder.update(autoencoder())

@@ -66,6 +66,6 @@ def get_config() -> ConfigDict:
         "a red circle at the top left",
         "a blue square at the bottom right",
         "a green triangle at the top right",
-        "two yellow circles",
+        "two yellow circles at the top",
     )
     return config

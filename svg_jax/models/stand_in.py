@@ -50,7 +50,16 @@ def cosine_patch_embedding(config: ViTConfig) -> tuple[np.ndarray, np.ndarray]:
 
 
 def with_cosine_patches(params: Params, config: ViTConfig, prefix: str = "") -> Params:
-    """Fresh ViT parameters with their patch embedding replaced; `prefix` is what their names begin with."""
+    """Fresh ViT parameters with their patch embedding replaced; `prefix` is what their names begin with.
+
+    The final LayerNorm divides by about BIAS sqrt(2 / dim): its scale and bias undo that and the balance channels' bias,
+    so that features have the size of the signals, as the decoder likes them.
+    """
     kernel, bias = cosine_patch_embedding(config)
-    name = f"{prefix}patch_embed.proj"
-    return {**params, f"{name}.kernel": jnp.asarray(kernel), f"{name}.bias": jnp.asarray(bias)}
+    replaced = {
+        "patch_embed.proj.kernel": kernel,
+        "patch_embed.proj.bias": bias,
+        "norm.scale": np.full(config.dim, BIAS * np.sqrt(2 / config.dim), np.float32),
+        "norm.bias": -bias,
+    }
+    return {**params, **{prefix + name: jnp.asarray(value) for name, value in replaced.items()}}
