@@ -11,6 +11,7 @@ import argparse
 import base64
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -192,6 +193,7 @@ class Demo:
         lines = metrics(self.out / model)
         self.report["diffusion transformer"] = loss_fall(lines)
         self.report["decoder"] = loss_fall(metrics(self.out / "autoencoder"))
+        self.report["peak memory of a process, GiB"] = round(peak_memory() / 2**30, 2)
         self.report["versions"] = {"jax": jax.__version__, "python": sys.version.split()[0]}
         (self.out / "report.json").write_text(json.dumps(self.report, indent=2) + "\n")
         template = Template(resources.files("svg_jax").joinpath("demo.html.j2").read_text(), autoescape=True)
@@ -214,7 +216,11 @@ class Demo:
             f"train step compiled {photographs['compilations of the train step']} time(s), "
             f"loss {photographs['loss at first']:.2f} -> {photographs['loss at last']:.2f}"
         )
-        print(f"{sum(self.report['seconds'].values()):.0f} s in all; see {self.out / 'index.html'}")
+        print(
+            f"{sum(self.report['seconds'].values()):.0f} s in all, "
+            f"{self.report['peak memory of a process, GiB']} GiB at most; "
+            f"see {self.out / 'index.html'}"
+        )
 
     def command(self, door: str, config: str, workdir: str, data: str, steps: int) -> list[str]:
         """The command line of a training run."""
@@ -229,6 +235,8 @@ class Demo:
     def run(self, command: Sequence[str], kill_after: Path | None = None) -> bool:
         """Runs a command, ending the demo if it fails; true if it was killed because `kill_after` appeared."""
         print("$ " + " ".join(["python", *command[1:]]), flush=True)
+        if kill_after is not None and kill_after.exists():  # from an earlier demo in the same folder
+            kill_after = None
         process = subprocess.Popen(command, env=self.environment)
         try:
             while process.poll() is None:
@@ -307,6 +315,12 @@ def labelled_grid(
         grid.paste(Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST), (left, top))
         pen.multiline_text((left, top + height + 2), "\n".join(textwrap.wrap(caption, width // 6)), "black", spacing=1)
     return grid
+
+
+def peak_memory() -> int:
+    """The largest resident size, in bytes, of this process or one it started."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def data_address(path: Path) -> str:

@@ -22,8 +22,10 @@ def test_a_command_that_fails_ends_the_demo(tmp_path: Path) -> None:
 def test_a_command_is_killed_when_its_checkpoint_appears(tmp_path: Path) -> None:
     mark = tmp_path / "checkpoint"
     code = f"import pathlib, time; pathlib.Path({str(mark)!r}).touch(); time.sleep(60)"
-    assert Demo(tmp_path).run([sys.executable, "-c", code], kill_after=mark)
-    assert not Demo(tmp_path).run([sys.executable, "-c", ""], kill_after=tmp_path / "never")
+    demo = Demo(tmp_path)
+    assert demo.run([sys.executable, "-c", code], kill_after=mark)
+    assert not demo.run([sys.executable, "-c", ""], kill_after=mark)  # it was there before
+    assert not demo.run([sys.executable, "-c", ""], kill_after=tmp_path / "never")
 
 
 def test_commands_name_configs_that_exist(tmp_path: Path) -> None:

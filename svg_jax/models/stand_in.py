@@ -52,8 +52,8 @@ def cosine_patch_embedding(config: ViTConfig) -> tuple[np.ndarray, np.ndarray]:
 def with_cosine_patches(params: Params, config: ViTConfig, prefix: str = "") -> Params:
     """Fresh ViT parameters with their patch embedding replaced; `prefix` is what their names begin with.
 
-    The final LayerNorm divides by about BIAS sqrt(2 / dim): its scale and bias undo that and the balance channels' bias,
-    so that features have the size of the signals, as the decoder likes them.
+    The final LayerNorm divides by about BIAS sqrt(2 / dim): its scale and bias undo that and the balance channels'
+    bias, so that features have the size of the signals.
     """
     kernel, bias = cosine_patch_embedding(config)
     replaced = {
