@@ -1,4 +1,4 @@
-"""Is the peer's network ours? `python -m benchmarks.same_network` moves its weights over and compares the velocities."""
+"""Is the peer's network ours? `python -m benchmarks.same_network` moves its weights over and compares velocities."""
 
 from __future__ import annotations
 
@@ -82,6 +82,7 @@ def largest_difference(shape: Shape) -> float:
 
 
 def main() -> None:
+    """Prints the difference; fails if it is not rounding."""
     difference = largest_difference(Shape())
     print(f"same parameters; velocities differ by {difference:.1e} of the largest (at most {TOLERANCE:g})")
     if difference > TOLERANCE:

@@ -26,6 +26,7 @@ SIDES = {"ours": "svg_jax (JAX)", "peer": "diffusers (PyTorch)"}
 
 
 def main() -> None:
+    """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each framework")
     parser.add_argument("--steps", type=int, default=4, help="timed steps a turn")

@@ -184,6 +184,10 @@ def make_loader(
     return iter(grain.MapDataset.source(batches)[start_step:].to_iter_dataset(options))
 
 
+class TooManyBadRecords(RuntimeError):
+    """The share of records that cannot be used is above the limit."""
+
+
 class BadRecordCounter:
     """Counts broken records over a run and stops it when their share passes a limit.
 
@@ -205,12 +209,17 @@ class BadRecordCounter:
         """Adds the records of one batch.
 
         Raises:
-          RuntimeError: the share of bad records is above the limit.
+          TooManyBadRecords: the share of bad records is above the limit.
         """
         self.num_bad += num_bad
         self.num_records += num_records
-        if self.num_records >= self.min_records and self.fraction > self.max_bad_fraction:
-            raise RuntimeError(
+        if self.num_records >= self.min_records:
+            self.judge()
+
+    def judge(self) -> None:
+        """Raises TooManyBadRecords if the share so far is above the limit, however few the records."""
+        if self.fraction > self.max_bad_fraction:
+            raise TooManyBadRecords(
                 f"{self.num_bad} of {self.num_records} records ({self.fraction:.1%}) could not be used, above "
                 f"max_bad_fraction={self.max_bad_fraction:g}; the warnings above name some of them with the cause: "
                 "mend the data or raise the limit"

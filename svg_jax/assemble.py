@@ -10,8 +10,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
+from data_pipelines.text import full_prompt
 from svg_jax.checkpoint import load_params
-from svg_jax.config import from_config
+from svg_jax.config import check_numbers, from_config
+from svg_jax.flow.names import lookup
+from svg_jax.flow.solvers import TABLEAUS
 from svg_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from svg_jax.models.decoder import DecoderConfig
 from svg_jax.models.gemma2 import Gemma2, Gemma2Config
@@ -19,11 +22,14 @@ from svg_jax.models.next_dit import NextDiT, NextDiTConfig
 from svg_jax.models.stand_in import with_cosine_patches
 from svg_jax.models.vit import ViTConfig
 from svg_jax.nn.functional import Network, Params
+from svg_jax.nn.stack import REMAT
 from svg_jax.parallel import param_shardings
 from svg_jax.state import TrainState, adamw, learning_rate, state_shardings
 from svg_jax.steps import Frozen, Networks
 
 logger = logging.getLogger("svg_jax")
+
+DTYPES = {"float32": None, "bfloat16": None, "float16": None}
 
 
 def networks(config: ConfigDict) -> Networks:
@@ -47,6 +53,46 @@ def networks(config: ConfigDict) -> Networks:
         Network(lambda rngs: Autoencoder(autoencoder, rngs=rngs)),
         Network(lambda rngs: Gemma2(text, rngs=rngs)),
     )
+
+
+def check(config: ConfigDict) -> None:
+    """The values of a training config that nothing else would check before compiling.
+
+    Raises:
+        ValueError: One is out of range or unknown; the message names it.
+    """
+    check_numbers(
+        config,
+        positive=(
+            "num_train_steps", "batch_size", "micro_batches", "log_every", "checkpoint.keep", "optim.lr", "optim.eps",
+            "optim.clip", "statistics.num_images", "text.max_tokens", "sample.num_steps", "sample.shift",
+            "sample.batch_size", "data.max_ratio",
+        ),
+        not_negative=(
+            "optim.warmup_steps", "optim.weight_decay", "checkpoint.every", "checkpoint.keep_every", "sample.every",
+            "data.num_threads", "data.prefetch", "data.caption_dropout", "data.max_bad_fraction",
+            "autoencoder.decoder.num_res_blocks",
+        ),
+    )  # fmt: skip
+    for key in ("b1", "b2", "ema"):
+        if not 0 <= config.optim[key] < 1:
+            raise ValueError(f"config.optim.{key} is {config.optim[key]}: it must be from 0 to below 1")
+    if config.data.path is None:
+        raise ValueError('no data: name a .jsonl of {"path": ..., "prompt": ...} with --config.data.path')
+    sections = [config.autoencoder.encoder, config.autoencoder.decoder]
+    if "model" in config:
+        sections += [config.model, config.text.encoder]
+        lookup("remat policy", config.model.remat, REMAT)
+        lookup("ODE solver", config.sample.method, TABLEAUS)
+        if config.text.system_prompt is not None:
+            full_prompt("", config.text.system_prompt)
+        if config.text.max_tokens >= config.model.axes_lens[0]:
+            raise ValueError(
+                f"config.text.max_tokens is {config.text.max_tokens} and the model has {config.model.axes_lens[0]} "
+                "caption positions: choose fewer tokens, or more positions in config.model.axes_lens"
+            )
+    for section in sections:
+        lookup("dtype", section.dtype, DTYPES)
 
 
 def dit_config(section: ConfigDict) -> NextDiTConfig:

@@ -86,6 +86,12 @@ class Checkpoints:
             (self.folder / str(step)).rename(self.folder / f"{step}.damaged")
         self._manager.reload()
 
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Waits for saves under way."""
         self._manager.wait_until_finished()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import difflib
 import logging
+import math
 import re
 import runpy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,42 @@ def run(main: Callable[[ConfigDict, str], None]) -> None:
 
 
 @contextlib.contextmanager
-def one_sentence() -> Iterator[None]:
-    """Ends the program with the message alone where what the user gave is wrong; other errors keep their traceback."""
+def one_sentence(*kinds: type[Exception]) -> Iterator[None]:
+    """Ends the program with the message alone where what the user gave is wrong; other errors keep their traceback.
+
+    Args:
+        kinds: Which errors these are; by default those that reading and checking input raise.
+    """
+    expected = kinds or (ValueError, OSError, ImportError)
     try:
         yield
-    except (ValueError, OSError, ImportError) as error:
+    except expected as error:
         logging.getLogger("svg_jax").debug("what led to the error below", exc_info=True)
         raise SystemExit(f"error: {error}") from error
+
+
+def check_numbers(config: ConfigDict, *, positive: Sequence[str], not_negative: Sequence[str]) -> None:
+    """Every one of these keys, where the config has it, must hold a finite number above, or not below, zero.
+
+    Raises:
+        ValueError: One does not; the message names the key and its value.
+    """
+    values = dict(_flat(config))
+    for key in (*positive, *not_negative):
+        value = values.get(key)
+        if value is None:
+            continue
+        if not math.isfinite(value) or value < 0 or (value == 0 and key in positive):
+            bound = "above zero" if key in positive else "zero or above"
+            raise ValueError(f"config.{key} is {value}: it must be {bound}")
+
+
+def _flat(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def from_config(cls: type[Any], values: ConfigDict | dict[str, Any]) -> Any:

@@ -65,10 +65,14 @@ def fit(
         if draw is not None and _due(done, stop, config.sample.every):
             with writer.untimed():
                 writer.pictures(done - 1, "samples", draw(state))
+        if done == stop:
+            bad.judge()
         if _due(done, stop, config.checkpoint.every):
             with writer.untimed():
                 checkpoints.save(state, {"step": done}, config.to_dict())
-    if start < stop:
+    if start >= stop:
+        logger.info("nothing to do: %d steps are done, and config.num_train_steps is %d", start, stop)
+    else:
         logger.info("finished %d steps; broken records skipped: %d of %d", stop, bad.num_bad, bad.num_records)
     return state
 

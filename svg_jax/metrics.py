@@ -124,7 +124,7 @@ class MetricWriter:
         try:
             (self._folder / "samples").mkdir(parents=True, exist_ok=True)
             before = (self._remote or self._folder) / "metrics.jsonl"
-            lines = before.read_text().splitlines() if before.exists() else []
+            lines = before.read_bytes().decode(errors="replace").splitlines() if before.exists() else []
             self._jsonl = _open_jsonl(self._folder / "metrics.jsonl", lines, start_step)
             unique = f".{time.time_ns()}"  # the name's own time is in seconds, and a file of the same name is replaced
             self._events = SummaryWriter(str(self._folder / "events"), purge_step=start_step, filename_suffix=unique)
@@ -252,7 +252,7 @@ def _open_jsonl(path: Path, lines: Sequence[str], start_step: int) -> TextIO:
     """Replaces `path`, in one move, by those of `lines` that are of steps before `start_step`; opens it to append."""
     kept = []
     for line in lines:
-        with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed process may be cut off
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # the last line of a killed process may be cut off
             if json.loads(line)["step"] < start_step:
                 kept.append(line + "\n")
     partial = path.with_suffix(".partial")

@@ -20,6 +20,8 @@ from ml_collections import ConfigDict
 from data_pipelines.text import Tokenizer, full_prompt, load_tokenizer, pad_tokens
 from svg_jax import assemble
 from svg_jax.checkpoint import load_config, load_params
+from svg_jax.flow.names import lookup
+from svg_jax.flow.solvers import TABLEAUS
 from svg_jax.nn.functional import Params
 from svg_jax.parallel import batch_multiple, batch_sharding, make_mesh, replicated
 from svg_jax.steps import Frozen, Networks, Sampling, sample_images
@@ -51,6 +53,8 @@ class Pipeline:
             ValueError: A checkpoint is of another architecture.
         """
         config = ConfigDict(load_config(workdir))
+        if "model" not in config:
+            raise ValueError(f"{workdir} is no run of svg_jax.train: it has no diffusion transformer to draw with")
         mesh = make_mesh({"fsdp": -1}) if mesh is None else mesh
         networks = assemble.networks(config)
         parts = ("ema" if ema else "params", "frozen")
@@ -108,13 +112,21 @@ class Pipeline:
         """
         defaults = self.config.sample
         grid = self._grid(height, width)
-        num_steps = num_steps or defaults.num_steps
+        num_steps = defaults.num_steps if num_steps is None else num_steps
+        for name, value in (("samples_per_prompt", samples_per_prompt), ("num_steps", num_steps)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed is {seed}: it must be from 0 to 2^32 - 1")
         sampling = Sampling(
             guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
             renorm=defaults.renorm if renorm is None else renorm,
             truncate=defaults.truncate if truncate is None else truncate,
             shift=defaults.shift if shift is None else shift,
         )
+        if not sampling.shift > 0:
+            raise ValueError(f"shift is {sampling.shift:g}: it must be above zero, and 1 is none")
+        lookup("ODE solver", method or defaults.method, TABLEAUS)
         multiple = batch_multiple(self.mesh)
         jobs = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(samples_per_prompt)]
         size = min(batch_size or defaults.batch_size, len(jobs))

@@ -5,6 +5,7 @@ The same command goes on where an interrupted run stopped.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from data_pipelines.batches import TextToImageBatches, make_loader
+from data_pipelines.batches import TextToImageBatches, TooManyBadRecords, make_loader
 from data_pipelines.images import token_budget
 from data_pipelines.sources import open_source
 from data_pipelines.text import load_tokenizer
@@ -36,11 +37,12 @@ def main(config: ConfigDict, workdir: str) -> None:
     """Trains to `config.num_train_steps`."""
     with doors.one_sentence():
         # Everything that can be wrong is found before anything is compiled.
+        assemble.check(config)
         mesh = make_mesh(config.mesh)
         networks = assemble.networks(config)
         patch_size = config.autoencoder.encoder.patch_size
         image_tokens = token_budget(config.data.resolution, patch_size)
-        rows = config.batch_size // max(config.micro_batches, 1)
+        rows = config.batch_size // config.micro_batches
         if config.batch_size % config.micro_batches or rows % batch_multiple(mesh):
             raise ValueError(
                 f"batch_size {config.batch_size} in {config.micro_batches} micro-batches does not divide over "
@@ -48,8 +50,6 @@ def main(config: ConfigDict, workdir: str) -> None:
             )
 
         # Data.
-        if not config.data.path:
-            raise ValueError('no data: name a .jsonl of {"path": ..., "prompt": ...} with --config.data.path')
         tokenizer = load_tokenizer(config.text.tokenizer)
         if tokenizer.vocab_size > config.text.encoder.vocab_size:
             raise ValueError(
@@ -97,6 +97,20 @@ def main(config: ConfigDict, workdir: str) -> None:
         frozen = assemble.frozen(config, networks, mesh)
         pipeline = Pipeline(config, networks, state.ema, frozen, mesh, tokenizer)
 
+        start = int(state.step)
+        flops = 3 * forward_flops(assemble.dit_config(config.model), image_tokens, config.text.max_tokens)
+        writer = MetricWriter(
+            workdir,
+            total_steps=config.num_train_steps,
+            items_per_step=config.batch_size,
+            start_step=start,
+            flops_per_step=flops * config.batch_size,
+            enabled=jax.process_index() == 0,
+        )
+        loader = make_loader(
+            batches, start_step=start, num_threads=config.data.num_threads, prefetch=config.data.prefetch
+        )
+
     count = sum(int(np.prod(shape.shape)) for shape in networks.dit.shapes.values())
     logger.info("%.1fM parameters, mesh %s, %d records", count / 1e6, dict(mesh.shape), len(batches.source))
 
@@ -105,7 +119,7 @@ def main(config: ConfigDict, workdir: str) -> None:
         "autoencoder": assemble.shardings(networks.autoencoder, mesh),
         "text": assemble.shardings(networks.text, mesh),
     }
-    with jax.set_mesh(mesh):
+    with checkpoints, writer, contextlib.closing(loader), jax.set_mesh(mesh), doors.one_sentence(TooManyBadRecords):
         compilations = 0
 
         def traced(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -124,33 +138,16 @@ def main(config: ConfigDict, workdir: str) -> None:
             state, metrics = compiled(state, frozen, batch)
             return state, {**metrics, "compilations": compilations}
 
-        flops = 3 * forward_flops(assemble.dit_config(config.model), image_tokens, config.text.max_tokens)
-        with MetricWriter(
-            workdir,
-            total_steps=config.num_train_steps,
-            items_per_step=config.batch_size,
-            start_step=int(state.step),
-            flops_per_step=flops * config.batch_size,
-            enabled=jax.process_index() == 0,
-        ) as writer:
-            loader = make_loader(
-                batches,
-                start_step=int(state.step),
-                num_threads=config.data.num_threads,
-                prefetch=config.data.prefetch,
-            )
-            fit(
-                update,
-                state,
-                loader,
-                config=config,
-                mesh=mesh,
-                writer=writer,
-                checkpoints=checkpoints,
-                draw=lambda state: pipeline.with_params(state.ema)(list(config.sample.prompts)),
-            )
-            loader.close()
-    checkpoints.close()
+        fit(
+            update,
+            state,
+            loader,
+            config=config,
+            mesh=mesh,
+            writer=writer,
+            checkpoints=checkpoints,
+            draw=lambda state: pipeline.with_params(state.ema)(list(config.sample.prompts)),
+        )
     logger.info("the train step was compiled %d time(s)", compilations)
 
 

@@ -6,6 +6,7 @@ run stopped.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from data_pipelines.batches import TextToImageBatches, make_loader
+from data_pipelines.batches import TextToImageBatches, TooManyBadRecords, make_loader
 from data_pipelines.sources import open_source
 from data_pipelines.text import ByteTokenizer
 from svg_jax import assemble
@@ -40,6 +41,7 @@ PICTURES = 8  # in a grid of input | reconstruction
 def main(config: ConfigDict, workdir: str) -> None:
     """Trains to `config.num_train_steps`."""
     with doors.one_sentence():
+        assemble.check(config)
         mesh = make_mesh(config.mesh)
         sizes = assemble.autoencoder_config(config.autoencoder)
         network = Network(lambda rngs: Autoencoder(sizes, rngs=rngs))
@@ -48,8 +50,6 @@ def main(config: ConfigDict, workdir: str) -> None:
             raise ValueError(
                 f"batch_size {config.batch_size} does not divide over {batch_multiple(mesh)} devices: choose a multiple"
             )
-        if not config.data.path:
-            raise ValueError('no data: name a .jsonl of {"path": ..., "prompt": ...} with --config.data.path')
 
         # One grid for all images; captions are not read.
         batches = TextToImageBatches(
@@ -106,17 +106,17 @@ def main(config: ConfigDict, workdir: str) -> None:
         def draw(state: TrainState) -> list[np.ndarray]:
             return list(jax.device_get(side_by_side({**state.frozen, **state.ema}, examples))[:PICTURES])
 
-        with MetricWriter(
-            workdir,
-            total_steps=config.num_train_steps,
-            items_per_step=config.batch_size,
-            start_step=int(state.step),
-            enabled=jax.process_index() == 0,
-        ) as writer:
-            reader = loader(start_step=int(state.step))
+        with doors.one_sentence():
+            writer = MetricWriter(
+                workdir,
+                total_steps=config.num_train_steps,
+                items_per_step=config.batch_size,
+                start_step=int(state.step),
+                enabled=jax.process_index() == 0,
+            )
+        reader = loader(start_step=int(state.step))
+        with checkpoints, writer, contextlib.closing(reader), doors.one_sentence(TooManyBadRecords):
             fit(step, state, reader, config=config, mesh=mesh, writer=writer, checkpoints=checkpoints, draw=draw)
-            reader.close()
-    checkpoints.close()
 
 
 def new_state(params: Params, *, optimiser: object, seed: int) -> TrainState:

@@ -188,6 +188,10 @@ def test_autoencoder_then_diffusion_then_pictures(
         sample.main([*arguments, "--prompt", "a red circle", "--width", "65"])
     with pytest.raises(SystemExit, match="nothing to draw"):
         sample.main(arguments)
+    with pytest.raises(SystemExit, match="num_steps is 0: it must be at least 1"):
+        sample.main([*arguments, "--prompt", "a red circle", "--num-steps", "0"])
+    with pytest.raises(SystemExit, match=r"no run of svg_jax\.train"):
+        sample.main(["--workdir", str(tmp_path / "autoencoder"), "--prompt", "a red circle"])
 
     # The same architecture begins from the averaged weights; another one is refused, with names and shapes.
     config = small_config(data, num_train_steps=1, init_from=str(tmp_path / "dit"))
@@ -211,10 +215,21 @@ def test_autoencoder_then_diffusion_then_pictures(
         ({"optim.schedule": "cosin"}, "cosine"),
         ({"init_from": "nowhere"}, "no checkpoint in .*nowhere"),
         ({"text.tokenizer": "nowhere"}, "nowhere"),
+        ({"micro_batches": 0}, r"config\.micro_batches is 0: it must be above zero"),
+        ({"num_train_steps": -5}, r"config\.num_train_steps is -5"),
+        ({"log_every": 0}, r"config\.log_every is 0"),
+        ({"optim.lr": float("nan")}, r"config\.optim\.lr is nan"),
+        ({"optim.b1": 1.0}, r"config\.optim\.b1 is 1\.0"),
+        ({"data.num_threads": -1}, r"config\.data\.num_threads is -1: it must be zero or above"),
+        ({"model.remat": "dot"}, "dots"),
+        ({"model.dtype": "bf16"}, "bfloat16"),
+        ({"sample.method": "heun"}, "euler"),
+        ({"text.system_prompt": "bse"}, "base"),
+        ({"text.max_tokens": 64}, "64 caption positions"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(data: Path, tmp_path: Path, overrides, message: str) -> None:
-    config = small_config(data, num_train_steps=1, **overrides)
+    config = small_config(data, **({"num_train_steps": 1} | overrides))
     with pytest.raises(SystemExit, match=message) as error:
         train.main(config, str(tmp_path / "run"))
     assert "\n" not in str(error.value)
@@ -239,7 +254,7 @@ def test_broken_images_are_skipped_and_counted_and_too_many_stop_the_run(tmp_pat
     assert np.isfinite(line["loss"])
 
     config = small_config(data, num_train_steps=30, **{"data.max_bad_fraction": 0.01})
-    with pytest.raises(RuntimeError, match=r"max_bad_fraction=0\.01"):
+    with pytest.raises(SystemExit, match=r"max_bad_fraction=0\.01"):
         train.main(config, str(tmp_path / "stopped"))
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 from flax import nnx
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 XAVIER = nnx.initializers.xavier_uniform()
 
@@ -34,8 +36,18 @@ def linear(
         dtype=dtype,
         kernel_init=kernel_init,
         kernel_metadata=sharded(*axes),
+        dot_general=matrix_product,
         rngs=rngs,
     )
+
+
+def matrix_product(
+    x: Float[Array, "*rows in"], kernel: Float[Array, "in out"], dimension_numbers: Any, **settings: Any
+) -> Float[Array, "*rows out"]:
+    """x W with all rows in one matrix. In the gradient of W, XLA would otherwise copy the transposed activations."""
+    rows = x.reshape(-1, x.shape[-1])
+    y = jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **settings)
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def conv(in_features: int, out_features: int, size: int, *, rngs: nnx.Rngs, dtype: DTypeLike | None = None) -> nnx.Conv:
