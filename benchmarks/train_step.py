@@ -22,6 +22,7 @@ from typing import Any
 
 from benchmarks.shape import Shape
 
+QUIET = 0.5  # load average of the last minute, at most
 SIDES = {"ours": "svg_jax (JAX)", "peer": "diffusers (PyTorch)"}
 
 
@@ -39,6 +40,8 @@ def main() -> None:
         serve(args.side, shape)
         return
 
+    # Sampled before we start: PyTorch's threads spin when they must share a core, which flatters us on a busy machine.
+    load = os.getloadavg()[0]
     subprocess.run([sys.executable, "-m", "benchmarks.same_network"], check=True)
     sides = {side: Side(side, shape) for side in SIDES}
     for side in sides.values():
@@ -47,6 +50,8 @@ def main() -> None:
         for side in sides.values():
             side.seconds += side.run(args.steps)
     print(report(shape, {name: side.close() for name, side in sides.items()}))
+    if load > QUIET:
+        print(f"The machine was busy before the start (load {load:.1f}): do not quote these numbers.")
 
 
 class Side:

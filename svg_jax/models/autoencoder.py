@@ -7,7 +7,6 @@ normalised by statistics of the data, z = (f - mean) / (std + 1e-8) a channel.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -42,12 +41,6 @@ class AutoencoderConfig:
     def svg_p(cls, dtype: str = "float32") -> AutoencoderConfig:
         """The released Autoencoder-P: DINOv3 ViT-S+/16 and the decoder of width 128."""
         return cls(ViTConfig.vits16plus(dtype=dtype), DecoderConfig.svg(dtype=dtype))
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> AutoencoderConfig:
-        """From `dataclasses.asdict` of one, as checkpoints store it."""
-        decoder = {**values["decoder"], "channel_multipliers": tuple(values["decoder"]["channel_multipliers"])}
-        return cls(ViTConfig(**values["encoder"]), DecoderConfig(**decoder))
 
 
 class LatentStatistics(nnx.Module):
