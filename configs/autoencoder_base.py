@@ -25,8 +25,8 @@ def get_config() -> ConfigDict:
     config.data.root = placeholder(str)  # what relative image paths are relative to; the file's folder by default
     config.data.resolution = 256  # pixels a side of a centre crop
     config.data.max_bad_fraction = 0.01  # (ours) a run stops when more records than this cannot be read
-    config.data.num_threads = 16
-    config.data.prefetch = 16  # batches
+    config.data.num_threads = 8
+    config.data.prefetch = 8  # batches held on the host
 
     config.statistics = ConfigDict()
     config.statistics.num_images = 4096  # whose features give mean and standard deviation of the latents

@@ -5,6 +5,7 @@ Values are marked (released) where the PyTorch release states them, (inferred) w
 """
 
 import dataclasses
+from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -12,6 +13,11 @@ from ml_collections.config_dict import placeholder
 from svg_jax.models.autoencoder import AutoencoderConfig
 from svg_jax.models.gemma2 import Gemma2Config
 from svg_jax.models.next_dit import NextDiTConfig
+
+
+def section(sizes: Any) -> ConfigDict:
+    """The fields of a dataclass as config values; where the default is None, a flag may give a number."""
+    return ConfigDict({k: placeholder(float) if v is None else v for k, v in dataclasses.asdict(sizes).items()})
 
 
 def get_config() -> ConfigDict:
@@ -26,7 +32,7 @@ def get_config() -> ConfigDict:
     config.log_every = 50  # steps
 
     # The diffusion transformer.
-    config.model = ConfigDict(dataclasses.asdict(NextDiTConfig.next_dit_2p6b(dtype="bfloat16", remat="full")))
+    config.model = section(NextDiTConfig.next_dit_2p6b(dtype="bfloat16", remat="full"))
 
     # Frozen: pixels -> features. Without a checkpoint, a random stand-in of these sizes, good for smoke tests only.
     config.autoencoder = ConfigDict(dataclasses.asdict(AutoencoderConfig.svg_p(dtype="bfloat16")))
@@ -34,7 +40,7 @@ def get_config() -> ConfigDict:
 
     # Frozen: caption -> features. Without them, a byte-level tokeniser and a random stand-in of these sizes.
     config.text = ConfigDict()
-    config.text.encoder = ConfigDict(dataclasses.asdict(Gemma2Config.gemma2_2b(dtype="bfloat16")))
+    config.text.encoder = section(Gemma2Config.gemma2_2b(dtype="bfloat16"))
     config.text.checkpoint = placeholder(str)  # converted Gemma-2-2B
     config.text.tokenizer = placeholder(str)  # folder with its tokeniser, as transformers saves it
     config.text.max_tokens = 512  # (released scripts)
@@ -49,8 +55,8 @@ def get_config() -> ConfigDict:
     config.data.max_ratio = 4.0  # (released) of the sides of a crop
     config.data.caption_dropout = 0.1  # (released)
     config.data.max_bad_fraction = 0.01  # (ours) a run stops when more records than this cannot be read
-    config.data.num_threads = 16
-    config.data.prefetch = 16  # batches
+    config.data.num_threads = 8
+    config.data.prefetch = 8  # batches held on the host
 
     config.flow = ConfigDict()
     config.flow.path = "Linear"  # (released)

@@ -8,8 +8,6 @@ Hardware: two CPU cores, five minutes.
 Expected: generated scenes have the asked colour, shape, count and position (`make demo` prints the shares).
 """
 
-import dataclasses
-
 from ml_collections import ConfigDict
 
 from configs import base, tiny_autoencoder
@@ -24,7 +22,7 @@ def get_config() -> ConfigDict:
     config.log_every = 20
     config.autoencoder.update(tiny_autoencoder.autoencoder())
 
-    config.text.encoder = ConfigDict(dataclasses.asdict(Gemma2Config.tiny(vocab_size=512)))
+    config.text.encoder = base.section(Gemma2Config.tiny(vocab_size=512))
     config.text.max_tokens = 24
     config.text.system_prompt = "empty"
 

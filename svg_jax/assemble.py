@@ -8,11 +8,13 @@ from typing import Any
 import jax
 import optax
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
+from data_pipelines.images import crop_sizes
 from data_pipelines.text import full_prompt
 from svg_jax.checkpoint import load_params
-from svg_jax.config import check_numbers, from_config
+from svg_jax.config import check_numbers, flatten, from_config
 from svg_jax.flow.names import lookup
 from svg_jax.flow.solvers import TABLEAUS
 from svg_jax.models.autoencoder import Autoencoder, AutoencoderConfig
@@ -55,18 +57,24 @@ def networks(config: ConfigDict) -> Networks:
     )
 
 
-def check(config: ConfigDict) -> None:
+def check(config: ConfigDict, needs: str) -> None:
     """The values of a training config that nothing else would check before compiling.
+
+    Args:
+        config: What `--config` gave.
+        needs: The section that only configs of this door have.
 
     Raises:
         ValueError: One is out of range or unknown; the message names it.
     """
+    if needs not in config:
+        raise ValueError(f"the config has no section '{needs}': it belongs to another door (configs/ says to which)")
     check_numbers(
         config,
         positive=(
             "num_train_steps", "batch_size", "micro_batches", "log_every", "checkpoint.keep", "optim.lr", "optim.eps",
             "optim.clip", "statistics.num_images", "text.max_tokens", "sample.num_steps", "sample.shift",
-            "sample.batch_size", "data.max_ratio",
+            "sample.batch_size", "data.max_ratio", "model.num_heads", "model.num_kv_heads",
         ),
         not_negative=(
             "optim.warmup_steps", "optim.weight_decay", "checkpoint.every", "checkpoint.keep_every", "sample.every",
@@ -86,6 +94,11 @@ def check(config: ConfigDict) -> None:
         lookup("ODE solver", config.sample.method, TABLEAUS)
         if config.text.system_prompt is not None:
             full_prompt("", config.text.system_prompt)
+        if config.text.checkpoint and not config.text.tokenizer:
+            raise ValueError(
+                "config.text.checkpoint is given without config.text.tokenizer: name the folder of its tokeniser"
+            )
+        check_positions(config, max(config.data.resolution, *crop_sides(config)))
         if config.text.max_tokens >= config.model.axes_lens[0]:
             raise ValueError(
                 f"config.text.max_tokens is {config.text.max_tokens} and the model has {config.model.axes_lens[0]} "
@@ -93,6 +106,51 @@ def check(config: ConfigDict) -> None:
             )
     for section in sections:
         lookup("dtype", section.dtype, DTYPES)
+
+
+def crop_sides(config: ConfigDict) -> list[int]:
+    """Every side of the crops of a run, in pixels."""
+    sizes = crop_sizes(config.data.resolution, config.autoencoder.encoder.patch_size, config.data.max_ratio)
+    return [side for size in sizes for side in size]
+
+
+def check_positions(config: ConfigDict, side: int) -> None:
+    """Rows and columns of an image with this longest side, in pixels, must be positions that the model has.
+
+    Raises:
+        ValueError: They are not.
+    """
+    tokens, positions = side // config.autoencoder.encoder.patch_size, min(config.model.axes_lens[1:])
+    if tokens > positions:
+        raise ValueError(
+            f"a side of {side} pixels is {tokens} tokens and config.model.axes_lens allows {positions}: "
+            "choose a smaller size, or more positions"
+        )
+
+
+# What the order of the data and the randomness of a step depend on.
+FIXED = (
+    "seed", "batch_size", "micro_batches", "data.resolution", "data.max_ratio", "data.caption_dropout", "text.max_tokens",
+)  # fmt: skip
+
+
+def check_resumed(config: ConfigDict, before: dict[str, Any]) -> None:
+    """A run that goes on must see the data that it would have seen.
+
+    Args:
+        config: Of now.
+        before: Of the checkpoint.
+
+    Raises:
+        ValueError: A value on which that depends has changed.
+    """
+    now, then = dict(flatten(config)), dict(flatten(ConfigDict(before)))
+    for key in FIXED:
+        if key in now and key in then and now[key] != then[key]:
+            raise ValueError(
+                f"config.{key} was {then[key]} when this run began and is {now[key]} now: set it back, or begin a new "
+                "--workdir with --config.init_from"
+            )
 
 
 def dit_config(section: ConfigDict) -> NextDiTConfig:
@@ -124,9 +182,9 @@ def shardings(network: Network[Any], mesh: Mesh) -> dict[str, NamedSharding]:
     return param_shardings(network.shapes, network.axes, mesh)
 
 
-def fresh(network: Network[Any], mesh: Mesh, seed: int) -> Params:
+def fresh(network: Network[Any], mesh: Mesh, key: Key[Array, ""]) -> Params:
     """New parameters, each made where it lives."""
-    return jax.jit(network.init, out_shardings=shardings(network, mesh))(jax.random.key(seed))
+    return jax.jit(network.init, out_shardings=shardings(network, mesh))(key)
 
 
 def frozen(config: ConfigDict, networks: Networks, mesh: Mesh) -> Frozen:
@@ -150,4 +208,4 @@ def _loaded(network: Network[Any], checkpoint: str | None, mesh: Mesh, what: str
     if checkpoint:
         return load_params(checkpoint, network.shapes, shardings(network, mesh))
     logger.warning("no weights given for the %s: using a random stand-in, for trying things out (--%s)", what, key)
-    return fresh(network, mesh, seed=0)
+    return fresh(network, mesh, jax.random.key(0))

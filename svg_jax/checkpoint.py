@@ -61,24 +61,34 @@ class Checkpoints:
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, int]] | None:
         """The newest state that can be read, placed as `abstract` says, and its data position; None if there is none.
 
-        A damaged checkpoint is reported, set aside as `STEP.damaged` and the one before is used.
+        A damaged checkpoint is reported and the one before is used; the damaged one is set aside as `STEP.damaged`.
 
         Raises:
-            ValueError: The checkpoint is of another architecture.
+            WrongArchitecture: The checkpoint is of another architecture.
+            OSError: There are checkpoints and none can be read; nothing is touched.
         """
+        damaged: list[int] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
+            folder = self.folder / str(step)
             try:
-                folder = self.folder / str(step)
                 for part in ("params", "frozen"):
                     _check(getattr(abstract, part), _saved_shapes(folder, part), folder)
                 args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
                 restored = self._manager.restore(step, args=args)
-                return restored.state, restored.data
             except WrongArchitecture:
                 raise
             except Exception as error:  # whatever Orbax or the file system says about a damaged file
-                logger.error("checkpoint %s cannot be read (%s): using the one before", self.folder / str(step), error)
-                self._set_aside(step)
+                logger.error("checkpoint %s cannot be read (%s): trying the one before", folder, error)
+                damaged.append(step)
+                continue
+            for other in damaged:
+                self._set_aside(other)
+            return restored.state, restored.data
+        if damaged:
+            raise OSError(
+                f"none of the {len(damaged)} checkpoints in {self.folder} can be read (the log says why): "
+                "mend what keeps them from it, or start over with another --workdir"
+            )
         return None
 
     def _set_aside(self, step: int) -> None:
@@ -162,7 +172,7 @@ def _from_newest(workdir: str, read: Callable[[epath.Path], Result]) -> Result:
         except WrongArchitecture:
             raise
         except Exception as error:  # whatever Orbax or the file system says about a damaged file
-            logger.error("checkpoint %s cannot be read (%s): using the one before", folder / str(step), error)
+            logger.error("checkpoint %s cannot be read (%s): trying the one before", folder / str(step), error)
     raise FileNotFoundError(f"no checkpoint in {folder} can be read: train with this --workdir first, or name another")
 
 

@@ -48,7 +48,7 @@ def check_numbers(config: ConfigDict, *, positive: Sequence[str], not_negative: 
     Raises:
         ValueError: One does not; the message names the key and its value.
     """
-    values = dict(_flat(config))
+    values = dict(flatten(config))
     for key in (*positive, *not_negative):
         value = values.get(key)
         if value is None:
@@ -58,10 +58,11 @@ def check_numbers(config: ConfigDict, *, positive: Sequence[str], not_negative: 
             raise ValueError(f"config.{key} is {value}: it must be {bound}")
 
 
-def _flat(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of every entry."""
     for key, value in config.items():
         if isinstance(value, ConfigDict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 

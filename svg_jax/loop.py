@@ -67,7 +67,7 @@ def fit(
                 writer.pictures(done - 1, "samples", draw(state))
         if done == stop:
             bad.judge()
-        if _due(done, stop, config.checkpoint.every):
+        if done == stop or _due(done, stop, config.checkpoint.every):
             with writer.untimed():
                 checkpoints.save(state, {"step": done}, config.to_dict())
     if start >= stop:

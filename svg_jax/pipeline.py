@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -113,7 +114,9 @@ class Pipeline:
         defaults = self.config.sample
         grid = self._grid(height, width)
         num_steps = defaults.num_steps if num_steps is None else num_steps
-        for name, value in (("samples_per_prompt", samples_per_prompt), ("num_steps", num_steps)):
+        batch_size = defaults.batch_size if batch_size is None else batch_size
+        counts = {"samples_per_prompt": samples_per_prompt, "num_steps": num_steps, "batch_size": batch_size}
+        for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}: it must be at least 1")
         if not 0 <= seed < 2**32:
@@ -124,12 +127,16 @@ class Pipeline:
             truncate=defaults.truncate if truncate is None else truncate,
             shift=defaults.shift if shift is None else shift,
         )
+        if not all(map(math.isfinite, sampling)):
+            raise ValueError(
+                f"guidance_scale, renorm, truncate and shift must be finite numbers, not {tuple(sampling)}"
+            )
         if not sampling.shift > 0:
             raise ValueError(f"shift is {sampling.shift:g}: it must be above zero, and 1 is none")
         lookup("ODE solver", method or defaults.method, TABLEAUS)
         multiple = batch_multiple(self.mesh)
         jobs = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(samples_per_prompt)]
-        size = min(batch_size or defaults.batch_size, len(jobs))
+        size = min(batch_size, len(jobs))
         size = -(-size // multiple) * multiple
         sample = self._sampler(grid, num_steps, method or defaults.method)
 
@@ -152,6 +159,7 @@ class Pipeline:
             if pixels is not None and (pixels < patch or pixels % patch):
                 nearest = max(pixels // patch, 1) * patch
                 raise ValueError(f"{name} {pixels} is not a multiple of the patch size {patch}: choose {nearest}")
+        assemble.check_positions(self.config, max(height or resolution, width or resolution))
         return (height or resolution) // patch, (width or resolution) // patch
 
     def _tokens(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ from data_pipelines.sources import open_source
 from data_pipelines.text import load_tokenizer
 from svg_jax import assemble
 from svg_jax import config as doors
-from svg_jax.checkpoint import Checkpoints, load_params
+from svg_jax.checkpoint import Checkpoints, load_config, load_params
 from svg_jax.flow.paths import path
 from svg_jax.flow.times import resolution_shift
 from svg_jax.loop import fit
@@ -37,7 +37,7 @@ def main(config: ConfigDict, workdir: str) -> None:
     """Trains to `config.num_train_steps`."""
     with doors.one_sentence():
         # Everything that can be wrong is found before anything is compiled.
-        assemble.check(config)
+        assemble.check(config, needs="model")
         mesh = make_mesh(config.mesh)
         networks = assemble.networks(config)
         patch_size = config.autoencoder.encoder.patch_size
@@ -82,17 +82,19 @@ def main(config: ConfigDict, workdir: str) -> None:
         # Shapes, then shardings, then the state: restored, or begun from another run, or fresh.
         checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every)
         params_at = assemble.shardings(networks.dit, mesh)
-        create = functools.partial(TrainState.create, optimiser=optimiser, key=jax.random.key(config.seed))
+        init_key, train_key = jax.random.split(jax.random.key(config.seed))
+        create = functools.partial(TrainState.create, optimiser=optimiser, key=train_key)
         state_at, abstract = assemble.placed(jax.eval_shape(create, networks.dit.shapes), params_at, mesh)
         restored = checkpoints.restore(abstract)
         if restored is not None:
+            assemble.check_resumed(config, load_config(workdir))
             state = restored[0]
             logger.info("resuming after step %d", int(state.step))
         else:
             if config.init_from:
                 params = load_params(config.init_from, networks.dit.shapes, params_at)
             else:
-                params = assemble.fresh(networks.dit, mesh, config.seed)
+                params = assemble.fresh(networks.dit, mesh, init_key)
             state = jax.jit(create, out_shardings=state_at, donate_argnums=0)(params)
         frozen = assemble.frozen(config, networks, mesh)
         pipeline = Pipeline(config, networks, state.ema, frozen, mesh, tokenizer)

@@ -23,7 +23,7 @@ from data_pipelines.sources import open_source
 from data_pipelines.text import ByteTokenizer
 from svg_jax import assemble
 from svg_jax import config as doors
-from svg_jax.checkpoint import Checkpoints, load_params
+from svg_jax.checkpoint import Checkpoints, load_config, load_params
 from svg_jax.loop import device_batch, fit
 from svg_jax.metrics import MetricWriter
 from svg_jax.models.autoencoder import Autoencoder, to_uint8
@@ -41,7 +41,7 @@ PICTURES = 8  # in a grid of input | reconstruction
 def main(config: ConfigDict, workdir: str) -> None:
     """Trains to `config.num_train_steps`."""
     with doors.one_sentence():
-        assemble.check(config)
+        assemble.check(config, needs="statistics")
         mesh = make_mesh(config.mesh)
         sizes = assemble.autoencoder_config(config.autoencoder)
         network = Network(lambda rngs: Autoencoder(sizes, rngs=rngs))
@@ -72,6 +72,8 @@ def main(config: ConfigDict, workdir: str) -> None:
         create = functools.partial(new_state, optimiser=optimiser, seed=config.seed)
         state_at, abstract = assemble.placed(jax.eval_shape(create, network.shapes), params_at, mesh)
         restored = checkpoints.restore(abstract)
+        if restored is not None:
+            assemble.check_resumed(config, load_config(workdir))
 
     loader = functools.partial(make_loader, batches, num_threads=config.data.num_threads, prefetch=config.data.prefetch)
     with jax.set_mesh(mesh):
@@ -84,8 +86,8 @@ def main(config: ConfigDict, workdir: str) -> None:
                     params = load_params(config.init_from, network.shapes, params_at)
                 else:
                     params = assemble.load_autoencoder(config.autoencoder, network, mesh)
-            if not config.init_from:
-                params = measure_latents(config, network, params, loader, mesh)
+                if not config.init_from:
+                    params = measure_latents(config, network, params, loader, mesh)
             state = jax.jit(create, out_shardings=state_at)(params)
 
         rows = batch_sharding(mesh)
@@ -136,6 +138,12 @@ def measure_latents(
     for _ in range(-(-config.statistics.num_images // config.batch_size)):
         moments = update(params, moments, device_batch(next(reader), mesh))
     reader.close()
+    std = np.asarray(jax.device_get(moments.std()))
+    if not (np.isfinite(std).all() and (std > 0).all()):
+        raise ValueError(
+            f"{np.sum(~(std > 0))} of {len(std)} latent channels do not vary over {int(moments.num_tokens)} features: "
+            "are the images readable, and not all of one colour?"
+        )
     logger.info("latent statistics over %d features", int(moments.num_tokens))
     return {**params, "latents.mean": moments.mean, "latents.std": moments.std()}
 

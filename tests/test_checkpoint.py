@@ -135,7 +135,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
     lines = [record.getMessage() for record in caplog.records if record.name == "svg_jax"]
     assert len(lines) == 1
     assert f"checkpoint {tmp_path / 'checkpoints' / '2'} cannot be read" in lines[0]
-    assert lines[0].endswith("using the one before")
+    assert lines[0].endswith("trying the one before")
     # Nothing is lost, and the step can be saved again.
     assert (tmp_path / "checkpoints" / "2.damaged").is_dir()
     save(tmp_path, make(), 2)
@@ -144,11 +144,13 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
     assert_same(restored[0], after(make(), 2))
 
 
-def test_only_damaged_checkpoints_are_none(tmp_path: Path) -> None:
+def test_where_no_checkpoint_can_be_read_nothing_is_touched(tmp_path: Path) -> None:
     abstract, make = create(make_mesh({"fsdp": 8}))
     save(tmp_path, make(), 1)
     shutil.rmtree(tmp_path / "checkpoints" / "1" / "state")
-    assert restore(tmp_path, abstract) is None
+    with pytest.raises(OSError, match=r"none of the 1 checkpoints .* can be read"):
+        restore(tmp_path, abstract)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
 
 
 @pytest.mark.parametrize(
@@ -209,7 +211,7 @@ def test_parameters_of_the_one_before_where_the_newest_is_damaged(
     with caplog.at_level(logging.ERROR, logger="svg_jax"):
         params = load_params(str(tmp_path), shapes, param_shardings(shapes, AXES, mesh), parts=("params",))
     np.testing.assert_array_equal(params["decoder.bias"], after(state, 1).params["decoder.bias"])
-    assert "using the one before" in caplog.text
+    assert "trying the one before" in caplog.text
 
 
 def test_no_checkpoint_says_what_to_do(tmp_path: Path) -> None:

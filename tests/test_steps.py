@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import pytest
 from jaxtyping import Array
 
 from svg_jax.flow.paths import path
-from svg_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from svg_jax.models.autoencoder import Autoencoder, AutoencoderConfig, to_uint8
 from svg_jax.models.decoder import DecoderConfig
 from svg_jax.models.gemma2 import Gemma2, Gemma2Config
 from svg_jax.models.next_dit import NextDiT, NextDiTConfig
@@ -278,6 +279,39 @@ def test_moments_are_those_of_all_valid_tokens(tiny: Tiny) -> None:
 
 def test_no_moments_yet() -> None:
     assert Moments.zero(3).std().tolist() == [0.0] * 3
+
+
+def test_sampling_is_guidance_around_the_network_and_a_solver(tiny: Tiny) -> None:
+    """`sample_images` against the same sampler written out for one picture, padding cut off."""
+    prompt, negative = [2, 5, 7], [2]
+    tokens = jnp.array([prompt + [9] * (TEXT_TOKENS - 3), negative + [9] * (TEXT_TOKENS - 1)])
+    settings = Sampling(guidance_scale=3.0, renorm=0.7, truncate=0.6, shift=4.0)
+    drawn = jax.jit(
+        lambda params: sample_images(
+            tiny.networks, params, tiny.frozen, tokens, jnp.array([3, 1]), jnp.array([[1, 2]]), jax.random.key(5),
+            settings, grid=(2, 3), num_steps=4, method="euler",
+        )
+    )(tiny.params)  # fmt: skip
+
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(5), 1), 2)
+    grid = jnp.array([[2, 3]])
+
+    @jax.jit
+    def by_hand(params):
+        autoencoder = tiny.networks.autoencoder(tiny.frozen["autoencoder"])
+        text, dit = tiny.networks.text(tiny.frozen["text"]), tiny.networks.dit(params)
+        texts = [text.features(jnp.array([ids]), jnp.ones((1, len(ids)), bool)) for ids in (prompt, negative)]
+        x = jax.random.normal(key, (6, autoencoder.config.encoder.dim))[None]
+        times = [u / (u + 4.0 * (1 - u)) for u in (0.0, 0.25, 0.5, 0.75, 1.0)]
+        for t, after in itertools.pairwise(times):
+            at = jnp.full((1,), t)
+            cond, uncond = (dit(x, at, f, grid=grid, text_mask=jnp.ones(f.shape[:2], bool)) for f in texts)
+            v = uncond + 3.0 * (cond - uncond)
+            v = v * jnp.minimum(1.0, 0.7 * jnp.linalg.norm(cond) / jnp.linalg.norm(v))
+            x = x + (after - t) * (v if t < 0.6 else cond)
+        return to_uint8(autoencoder.decode(x, (2, 3)))
+
+    assert np.abs(np.asarray(drawn, np.int32) - np.asarray(by_hand(tiny.params), np.int32)).max() <= 1
 
 
 def test_a_picture_depends_on_its_own_prompt_and_place_only(tiny: Tiny) -> None:

@@ -114,7 +114,7 @@ def losses_by_mesh(data: Path) -> dict[str, tuple[list[float], TrainState, Any]]
         at = assemble.shardings(networks.dit, mesh)
         create = lambda params: TrainState.create(params, optimiser, jax.random.key(0))  # noqa: E731
         state_at, _ = assemble.placed(jax.eval_shape(create, networks.dit.shapes), at, mesh)
-        state = jax.jit(create, out_shardings=state_at)(assemble.fresh(networks.dit, mesh, 0))
+        state = jax.jit(create, out_shardings=state_at)(assemble.fresh(networks.dit, mesh, jax.random.key(0)))
         frozen = assemble.frozen(config, networks, mesh)
         frozen_at = jax.tree.map(lambda x: x.sharding, frozen)
         with jax.set_mesh(mesh):
@@ -197,6 +197,8 @@ def test_autoencoder_then_diffusion_then_pictures(
     config = small_config(data, num_train_steps=1, init_from=str(tmp_path / "dit"))
     train.main(config, str(tmp_path / "next"))
     assert scalars(tmp_path / "next")[-1]["step"] == 0
+    with pytest.raises(SystemExit, match="batch_size was 8 when this run began and is 16 now"):
+        train.main(small_config(data, num_train_steps=2, batch_size=16), str(tmp_path / "next"))
     config = small_config(data, num_train_steps=1, init_from=str(tmp_path / "dit"), **{"model.num_layers": 1})
     with pytest.raises(SystemExit, match=r"another architecture: shapes differ: layers\..* instead of"):
         train.main(config, str(tmp_path / "other"))
@@ -226,6 +228,8 @@ def test_autoencoder_then_diffusion_then_pictures(
         ({"sample.method": "heun"}, "euler"),
         ({"text.system_prompt": "bse"}, "base"),
         ({"text.max_tokens": 64}, "64 caption positions"),
+        ({"data.resolution": 512}, r"a side of \d+ pixels is \d+ tokens and config\.model\.axes_lens allows 16"),
+        ({"text.checkpoint": "gemma"}, r"without config\.text\.tokenizer"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(data: Path, tmp_path: Path, overrides, message: str) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from svg_jax.flow.solvers import TABLEAUS, solve_ode, time_grid
+from svg_jax.flow.times import resolution_shift
 from tests.vectors import Case, assert_close
 
 TOLERANCE = 1e-4  # a sampler: a chain of formulas
@@ -51,6 +52,20 @@ def test_trajectories_match_the_release(key: str) -> None:
     # Long runs are stored as their last state alone.
     assert_close(states if len(expected) == len(times) else states[-1:], expected, TOLERANCE, key)
     assert_close(solve_ode(velocity, x, times, found["method"]), expected[-1], TOLERANCE, key)
+
+
+@pytest.mark.golden
+def test_the_flag_that_takes_channels_for_a_sequence_length() -> None:
+    """The release's sampler has a flag that shifts by the channel count; the trajectory is that of such a grid."""
+    case = Case.load("sampler")
+    matrix, offset, x = (jnp.asarray(case.inputs[f"field.{name}"]) for name in ("A", "b", "x"))
+
+    def velocity(x: jax.Array, t: jax.Array) -> jax.Array:
+        return jnp.einsum("ij,bjhw->bihw", matrix, x) + offset[None, :, None, None] * t[:, None, None, None]
+
+    expected = case.outputs["ode.euler.do_shift_flag.traj"]
+    times = time_grid(len(expected) - 1, resolution_shift(x.shape[1]))
+    assert_close(solve_ode(velocity, x, times, "euler", trajectory=True), expected, TOLERANCE)
 
 
 @pytest.mark.golden
