@@ -130,8 +130,14 @@ def check_positions(config: ConfigDict, side: int) -> None:
 
 # What the order of the data and the randomness of a step depend on.
 FIXED = (
-    "seed", "batch_size", "micro_batches", "data.resolution", "data.max_ratio", "data.caption_dropout", "text.max_tokens",
-)  # fmt: skip
+    "seed",
+    "batch_size",
+    "micro_batches",
+    "data.resolution",
+    "data.max_ratio",
+    "data.caption_dropout",
+    "text.max_tokens",
+)
 
 
 def check_resumed(config: ConfigDict, before: dict[str, Any]) -> None:
