@@ -143,7 +143,7 @@ class MetricWriter:
         A ValueError names the value that is neither.
         """
         for name, value in values.items():
-            if np.ndim(value) > 1:
+            if len(np.shape(value)) > 1:
                 raise ValueError(
                     f"metric {name!r} at step {step} has shape {np.shape(value)}, expected a scalar or vector"
                 )

@@ -207,10 +207,17 @@ def test_image_grid_refuses_what_is_no_picture(images: list[np.ndarray], message
         image_grid(images, columns=2)
 
 
-def test_value_that_is_not_a_scalar_is_named(tmp_path: Path) -> None:
-    message = r"metric 'loss' at step 3 has shape \(2,\), expected a scalar"
+def test_value_that_is_neither_scalar_nor_vector_is_named(tmp_path: Path) -> None:
+    message = r"metric 'loss' at step 3 has shape \(2, 1\), expected a scalar or vector"
     with writer(tmp_path) as run, pytest.raises(ValueError, match=message):
-        run.scalars(3, {"loss": jnp.zeros(2)})
+        run.scalars(3, {"loss": jnp.zeros((2, 1))})
+
+
+def test_a_vector_is_written_by_place_without_what_stands_for_nothing(tmp_path: Path) -> None:
+    with writer(tmp_path) as run:
+        run.scalars(0, {"by_time": jnp.array([1.5, jnp.nan, 2.5])})
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line == {"step": 0, "by_time/0": 1.5, "by_time/2": 2.5}
 
 
 def test_workdir_that_cannot_be_written_is_one_clear_sentence(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
 from configs import tiny_autoencoder, tiny_scenes
 from data_pipelines.batches import TextToImageBatches
@@ -180,9 +181,8 @@ def test_autoencoder_then_diffusion_then_pictures(
     sample.main([*arguments, "--prompt", "a red circle", "--height", "32", "--width", "96", "--seed", "7"])
     pictures = [Path(line) for line in capsys.readouterr().out.split()]
     assert [picture.name for picture in pictures] == ["0000_0_a-red-circle.png"]
-    from PIL import Image
-
-    assert Image.open(pictures[0]).size == (96, 32)
+    with Image.open(pictures[0]) as picture:
+        assert picture.size == (96, 32)
 
     with pytest.raises(SystemExit, match=r"width 65 is not a multiple of the patch size 8: choose 64"):
         sample.main([*arguments, "--prompt", "a red circle", "--width", "65"])
