@@ -4,7 +4,7 @@ python -m svg_jax.train --config=configs/tiny_scenes.py --workdir=out/demo/dit \
     --config.data.path=out/demo/scenes/train/records.jsonl --config.text.tokenizer=out/demo/tokenizer \
     --config.autoencoder.checkpoint=out/demo/autoencoder
 
-Hardware: two CPU cores, five minutes.
+Hardware: two CPU cores, six minutes.
 Expected: generated scenes have the asked colour, shape, count and position (`make demo` prints the shares).
 """
 
@@ -17,7 +17,7 @@ from svg_jax.models.gemma2 import Gemma2Config
 def get_config() -> ConfigDict:
     """Read by `--config`."""
     config = base.get_config()
-    config.num_train_steps = 3600
+    config.num_train_steps = 5000
     config.batch_size = 16
     config.log_every = 20
     config.autoencoder.update(tiny_autoencoder.autoencoder())

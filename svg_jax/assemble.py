@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import jax
@@ -106,6 +107,14 @@ def check(config: ConfigDict, needs: str) -> None:
             )
     for section in sections:
         lookup("dtype", section.dtype, DTYPES)
+
+
+def make_paths_absolute(config: ConfigDict) -> None:
+    """So that a checkpoint's config finds the frozen networks from any folder."""
+    for section, key in (("autoencoder", "checkpoint"), ("text", "checkpoint"), ("text", "tokenizer")):
+        path = config[section].get(key) if section in config else None
+        if path and "://" not in path:
+            config[section][key] = os.path.abspath(path)
 
 
 def crop_sides(config: ConfigDict) -> list[int]:

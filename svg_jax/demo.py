@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--long", action="store_true", help="train on for up to two hours")
     parser.add_argument("--num-scenes", type=int, default=12_000)
     parser.add_argument("--autoencoder-steps", type=int, default=650)
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--long-steps", type=int, default=30_000)
     parser.add_argument("--photograph-steps", type=int, default=60)
     options = parser.parse_args(arguments)

@@ -38,6 +38,7 @@ def main(config: ConfigDict, workdir: str) -> None:
     with doors.one_sentence():
         # Everything that can be wrong is found before anything is compiled.
         assemble.check(config, needs="model")
+        assemble.make_paths_absolute(config)
         mesh = make_mesh(config.mesh)
         networks = assemble.networks(config)
         patch_size = config.autoencoder.encoder.patch_size

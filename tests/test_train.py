@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -113,7 +114,7 @@ def losses_by_mesh(data: Path) -> dict[str, tuple[list[float], TrainState, Any]]
     for sizes in MESHES:
         mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
         at = assemble.shardings(networks.dit, mesh)
-        create = lambda params: TrainState.create(params, optimiser, jax.random.key(0))  # noqa: E731
+        create = functools.partial(TrainState.create, optimiser=optimiser, key=jax.random.key(0))
         state_at, _ = assemble.placed(jax.eval_shape(create, networks.dit.shapes), at, mesh)
         state = jax.jit(create, out_shardings=state_at)(assemble.fresh(networks.dit, mesh, jax.random.key(0)))
         frozen = assemble.frozen(config, networks, mesh)
