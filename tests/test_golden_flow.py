@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import jax
@@ -15,16 +16,19 @@ from svg_jax.convert.tables import NEXT_DIT
 from svg_jax.flow.guidance import guided
 from svg_jax.flow.losses import velocity_loss
 from svg_jax.flow.paths import path
-from svg_jax.flow.solvers import TABLEAUS, solve_ode, time_grid
+from svg_jax.flow.solvers import Solver, integrate
 from svg_jax.nn.functional import Params
 from svg_jax.nn.patches import token_mask
+from tests.flow.solvers import test_dpm, test_ode, test_sde
 from tests.models.test_next_dit import image, load, pad_batch
 from tests.vectors import Case, assert_close
 
 TOLERANCE = 1e-4
 LOSS = re.compile(r"loss\.(?P<path>\w+)\.(?P<form>tensor|list)\.loss")
 GRADIENT = re.compile(r"loss\.(?P<path>\w+)\.(?P<form>tensor|list)\.grad_(?P<name>\w+)")
-SAMPLED = re.compile(r"dit\.ode\.(?P<method>\w+)\.(?P<shift>noshift|shift)")
+SAMPLED_ODE = re.compile(r"dit\.ode\.(?P<method>\w+)\.(?P<shift>noshift|shift)")
+SAMPLED_DPM = re.compile(r"dit\.dpm\.o(?P<order>\d)\.shift(?P<shift>[\dp.]+)")
+DPM = {"1": "dpm++1", "2": "dpm++2m", "3": "dpm++3m"}
 # What the vectors call the parameters whose gradients they hold, and the release's names.
 GRADIENT_NAMES = {"x_embedder_weight": "x_embedder.weight", "final_linear_bias": "final_layer.linear.bias"}
 
@@ -35,7 +39,7 @@ def matches(case: Case, pattern: re.Pattern[str]) -> list[re.Match[str]]:
 
 LOSSES = [(found["path"], found["form"]) for found in matches(Case.load("transport"), LOSS)]
 GRADIENTS = [found.group(0) for found in matches(Case.load("transport"), GRADIENT)]
-SAMPLES = [found.group(0) for found in matches(Case.load("sampler"), SAMPLED) if found["method"] in TABLEAUS]
+SAMPLES = [found for pattern in (SAMPLED_ODE, SAMPLED_DPM) for found in matches(Case.load("sampler"), pattern)]
 
 
 def images(case: Case, key: str, form: str) -> list[np.ndarray]:
@@ -87,37 +91,60 @@ def test_gradients_of_the_batch_mean_match_the_release(key: str) -> None:
     assert_close(released[GRADIENT_NAMES[found["name"]]], case.outputs[key], TOLERANCE, key)
 
 
-@pytest.mark.golden
-@pytest.mark.parametrize("key", SAMPLES)
-def test_guided_sampling_matches_the_release(key: str) -> None:
-    case, found = Case.load("sampler"), SAMPLED.fullmatch(key)
-    assert found is not None
+@functools.cache
+def sampler(name: str, num_steps: int):
+    """(noise [n, tokens, channels], shift) -> data, guided: one compilation for all shifts."""
+    case = Case.load("sampler")
     settings = case.config["dit"]
     _, config, network, params = load(settings["case"])
-    patch, z, n = config.patch_size, case.inputs["dit.z"], settings["n"]
     text, text_mask = case.inputs["dit.cap_feats"], case.inputs["dit.cap_mask"].astype(bool)
-    x, grid = pad_batch(list(z[:n]), patch, z[0, 0].size // patch**2, fill=0.0)
-    shift = settings["shift"] if found["shift"] == "shift" else 1.0
-    times = time_grid(settings["ode_steps"] - 1, shift)  # the release counts points
+    rows, columns = (size // config.patch_size for size in case.inputs["dit.z"].shape[2:])
+    grid = np.tile(np.array([[rows, columns]], np.int32), (len(text), 1))
+    tolerances = {key: case.config["ode"][key] for key in ("rtol", "atol")}
 
     @jax.jit
-    def sample(params: Params, x: Array) -> Array:
-        both = jnp.asarray(np.concatenate([grid, grid]))
-        dit = network(params)
-
+    def sample(x: Array, shift: float) -> Array:
         def halves(x: Array, t: Array) -> Array:
-            return dit(x, t, jnp.asarray(text), grid=both, text_mask=jnp.asarray(text_mask))
+            dit = network(params)
+            return dit(x, t, jnp.asarray(text), grid=jnp.asarray(grid), text_mask=jnp.asarray(text_mask))
 
-        return solve_ode(guided(halves, settings["cfg_scale"], renorm=1.0), x, times, found["method"])
+        velocity = guided(halves, settings["cfg_scale"], renorm=1.0)
+        return integrate(velocity, x, Solver(name, **tolerances), num_steps=num_steps, shift=shift)
 
-    y = sample(params, jnp.asarray(x))
-    drawn = np.stack([image(y[i], tuple(grid[i]), patch) for i in range(n)])
-    assert_close(np.concatenate([drawn, drawn]), case.outputs[key], TOLERANCE, key)  # both halves are stored
+    return sample
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("found", SAMPLES, ids=lambda found: found.string)
+def test_guided_sampling_matches_the_release(found: re.Match[str]) -> None:
+    case = Case.load("sampler")
+    settings = case.config["dit"]
+    if found.re is SAMPLED_DPM:
+        name, num_steps = DPM[found["order"]], settings["dpm_steps"]
+        shift = float(found["shift"].replace("p", "."))
+    else:
+        name, num_steps = found["method"], settings["ode_steps"] - 1  # the release counts points
+        shift = settings["shift"] if found["shift"] == "shift" else 1.0
+    patch, z = load(settings["case"])[1].patch_size, case.inputs["dit.z"][: settings["n"]]
+    x, grid = pad_batch(list(z), patch, z[0, 0].size // patch**2, fill=0.0)
+    y = sampler(name, num_steps)(jnp.asarray(x), shift)
+    drawn = np.stack([image(y[i], tuple(grid[i]), patch) for i in range(len(z))])
+    assert_close(np.concatenate([drawn, drawn]), case.outputs[found.string], TOLERANCE, found.string)  # both halves
 
 
 @pytest.mark.golden
 def test_the_vectors_cover_every_form_and_solver() -> None:
     assert {form for _, form in LOSSES} == {"tensor", "list"}
     assert GRADIENTS
-    sampled = {(found["method"], found["shift"]) for found in map(SAMPLED.fullmatch, SAMPLES) if found}
-    assert sampled >= {(method, shift) for method in ("euler", "midpoint") for shift in ("noshift", "shift")}
+    sampled = {(found["method"], found["shift"]) for found in SAMPLES if found.re is SAMPLED_ODE}
+    methods = ("euler", "midpoint", "heun2", "dopri5")
+    assert sampled >= {(method, shift) for method in methods for shift in ("noshift", "shift")}
+    assert any(found.re is SAMPLED_DPM for found in SAMPLES)
+
+
+@pytest.mark.golden
+def test_no_sampler_vector_is_left_out() -> None:
+    """Every stored output is one that a test here or beside the solvers compares with."""
+    patterns = (SAMPLED_ODE, SAMPLED_DPM, *test_ode.PATTERNS, *test_dpm.PATTERNS, *test_sde.PATTERNS)
+    stored = set(Case.load("sampler").outputs) - {"status_json"}  # a report, no result
+    assert {key for key in stored if any(pattern.fullmatch(key) for pattern in patterns)} == stored

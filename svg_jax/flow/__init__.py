@@ -8,5 +8,5 @@ scalar.
     times      which times are trained on; the shift toward noise
     losses     squared error on valid tokens
     guidance   classifier-free guidance
-    solvers    from noise to data along the velocity
+    solvers    from noise to data along the velocity, and back for the likelihood of data
 """

@@ -1,4 +1,11 @@
-"""Classifier-free guidance: plain, renormalised and truncated, and all three around a network."""
+"""Classifier-free guidance around a network. The modes are settings of one function, `guided`, and combine freely.
+
+mode            settings                    what it does                                        reference
+standard        renorm=0                    extrapolates from unconditional to conditional      arXiv 2207.12598
+renormalised    renorm=1 (released recipe)  and caps the norm of the result                     arXiv 2503.21758
+truncated       interval=(0, END)           guides near noise, conditional alone near data      arXiv 2503.21758
+interval        interval=(START, END)       guides at middle noise levels alone                 arXiv 2404.07724
+"""
 
 from __future__ import annotations
 
@@ -16,21 +23,22 @@ def guided(
     scale: Scalar,
     *,
     renorm: Scalar = 1.0,
-    truncate: Scalar = 1.0,
+    interval: tuple[Scalar, Scalar] = (0.0, 1.0),
     mask: Bool[Array, "batch tokens"] | None = None,
 ) -> Velocity:
     """Wraps a network that is called once on [conditional half, unconditional half] into a guided velocity(x, t).
 
-    Guidance acts on all channels of a sample while t < truncate; from there on the conditional velocity is returned
-    alone (Lumina-Image 2.0, arXiv 2503.21758). The default 1 leaves out only the last instant. Every number may be
-    traced: changing it compiles nothing anew.
+    Guidance acts on all channels of a sample while interval[0] <= t < interval[1]; elsewhere the conditional velocity
+    is returned alone. A start of 0 or an end of 1 is no limit at all: Heun's method asks for t = 1 itself, `dopri5` for
+    times beyond. Truncation (Lumina-Image 2.0, arXiv 2503.21758) is (0, END); guidance in a limited interval (arXiv
+    2404.07724) also spares the noisiest times. Every number may be traced: changing it compiles nothing anew.
 
     Args:
         velocity: takes x [2 batch, ...] and t [2 batch]; it holds the captions of the first half and the negative
             ones of the second.
         scale: s of `combine`; 1 is the conditional velocity.
         renorm: limit of `renormalise`; 0 switches it off.
-        truncate: first time without guidance.
+        interval: first time with guidance, first time without; (0, 1) is always.
         mask: the valid tokens of one half, None if all are.
 
     Returns:
@@ -41,7 +49,9 @@ def guided(
         both = velocity(jnp.concatenate([x, x]), jnp.concatenate([t, t])).astype(jnp.float32)
         conditional, unconditional = jnp.split(both, 2)
         combined = renormalise(combine(conditional, unconditional, scale), conditional, renorm, mask)
-        return jnp.where(append_axes(t < truncate, combined), combined, conditional)
+        start, end = map(jnp.asarray, interval)
+        guide = ((start <= t) | (start <= 0)) & ((t < end) | (end >= 1))
+        return jnp.where(append_axes(guide, combined), combined, conditional)
 
     return guided_velocity
 

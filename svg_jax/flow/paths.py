@@ -116,8 +116,7 @@ class Path(abc.ABC):
         Raises:
             ValueError: unknown form.
         """
-        form = _RELEASE_SPELLING.get(form, form)
-        return lookup("diffusion form", form, DIFFUSION_FORMS)(self, t, norm)
+        return diffusion_form(form)(self, t, norm)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +222,15 @@ DIFFUSION_FORMS: dict[str, Callable[[Path, Times, float | Float[Array, ""]], Tim
     "increasing-decreasing": lambda path, t, c: c * jnp.sin(math.pi * t) ** 2,
 }
 _RELEASE_SPELLING = {"inccreasing-decreasing": "increasing-decreasing"}
+
+
+def diffusion_form(name: str) -> Callable[[Path, Times, float | Float[Array, ""]], Times]:
+    """The formula of that name; the release's spelling is understood.
+
+    Raises:
+        ValueError: no form has that name.
+    """
+    return lookup("diffusion form", _RELEASE_SPELLING.get(name, name), DIFFUSION_FORMS)
 
 
 def _scale(coefficient: Times, x: State) -> State:

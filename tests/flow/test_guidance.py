@@ -15,9 +15,9 @@ TOLERANCE = 1e-5
 
 def settings(case: Case, mode: str) -> dict[str, Any]:
     """The guidance settings behind `out.cfg.<mode>`; `renorm0p7` is a limit of 0.7."""
-    found: dict[str, Any] = {"scale": case.config["cfg"]["cfg_scale"], "renorm": 0.0, "truncate": 1.0}
+    found: dict[str, Any] = {"scale": case.config["cfg"]["cfg_scale"], "renorm": 0.0}
     if mode == "trunc":
-        found["truncate"] = case.config["cfg"]["cfg_trunc"]
+        found["interval"] = (0.0, case.config["cfg"]["cfg_trunc"])
     for word in mode.split("_"):
         if word.startswith("scale"):
             found["scale"] = float(word.removeprefix("scale").replace("p", "."))
@@ -80,12 +80,19 @@ def test_masked_tokens_do_not_enter_the_norm() -> None:
     assert_close(actual[1:, :4], renormalise(combined[1:, :4], conditional[1:, :4], 1.0), 1e-6)
 
 
-def test_truncation_is_each_samples_own() -> None:
+def test_the_interval_holds_for_each_sample_alone() -> None:
+    conditional, unconditional = jax.random.normal(jax.random.key(0), (2, 4, 6, 3))
+    network = guided(lambda x, t: jnp.concatenate([conditional, unconditional]), 4.0, renorm=0.0, interval=(0.2, 0.5))
+    actual = network(conditional, jnp.asarray([0.1, 0.2, 0.4, 0.5]))
+    assert_close(actual[1:3], combine(conditional, unconditional, 4.0)[1:3], 1e-6)
+    for outside in (0, 3):
+        assert_close(actual[outside], conditional[outside], 0.0)
+
+
+def test_the_whole_interval_has_no_ends() -> None:
     conditional, unconditional = halves()
-    network = guided(lambda x, t: jnp.concatenate([conditional, unconditional]), 4.0, renorm=0.0, truncate=0.5)
-    actual = network(conditional, jnp.asarray([0.4, 0.5]))
-    assert_close(actual[0], combine(conditional, unconditional, 4.0)[0], 1e-6)
-    assert_close(actual[1], conditional[1], 0.0)
+    network = guided(lambda x, t: jnp.concatenate([conditional, unconditional]), 4.0, renorm=0.0)
+    assert_close(network(conditional, jnp.asarray([-0.1, 1.0])), combine(conditional, unconditional, 4.0), 1e-6)
 
 
 def test_the_network_sees_the_same_state_and_time_in_both_halves() -> None:
@@ -106,11 +113,13 @@ def test_one_compilation_for_all_settings() -> None:
     traces = []
 
     @jax.jit
-    def run(x: jax.Array, t: jax.Array, scale: jax.Array, renorm: jax.Array, truncate: jax.Array) -> jax.Array:
+    def run(
+        x: jax.Array, t: jax.Array, scale: jax.Array, renorm: jax.Array, low: jax.Array, high: jax.Array
+    ) -> jax.Array:
         traces.append(1)
-        return guided(lambda x, t: x, scale, renorm=renorm, truncate=truncate)(x, t)
+        return guided(lambda x, t: x, scale, renorm=renorm, interval=(low, high))(x, t)
 
     x, t = halves()[0], jnp.asarray([0.1, 0.2])
-    for values in [(4.0, 1.0, 1.0), (1.0, 0.0, 0.5), (7.0, 0.7, 0.1)]:
+    for values in [(4.0, 1.0, 0.0, 1.0), (1.0, 0.0, 0.0, 0.5), (7.0, 0.7, 0.1, 0.8)]:
         run(x, t, *values)
     assert len(traces) == 1
