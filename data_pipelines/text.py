@@ -67,15 +67,21 @@ class Tokenizer(Protocol):
     Attributes:
       pad_id: fills what is not valid.
       bos_id: the start token, first of every text.
+      eos_id: the end token: where a language model stops; no text is encoded with it.
       vocab_size: every id is below it.
     """
 
     pad_id: int
     bos_id: int
+    eos_id: int
     vocab_size: int
 
     def encode(self, texts: Sequence[str], max_length: int) -> tuple[list[list[int]], list[bool]]:
         """Ids of each text, start token first, at most `max_length`; and which texts were cut."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; special tokens are left out."""
         ...
 
 
@@ -91,6 +97,10 @@ class ByteTokenizer:
         return _with_bos(
             [[byte + 3 for byte in text.encode("utf-8", "replace")] for text in texts], self.bos_id, max_length
         )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; special tokens are left out, and so are ids beyond the bytes."""
+        return bytes(i - 3 for i in ids if 3 <= i < self.vocab_size).decode("utf-8", "replace")
 
 
 class FolderTokenizer:
@@ -116,11 +126,12 @@ class FolderTokenizer:
                 f"the tokeniser in {folder} cannot be read by transformers ({type(error).__name__}: {error}); "
                 "save it again with save_pretrained"
             ) from error
-        for name in ("pad_token", "bos_token"):
+        for name in ("pad_token", "bos_token", "eos_token"):
             if getattr(self._tokenizer, f"{name}_id") is None:
                 raise ValueError(f"the tokeniser in {folder} has no {name}; add one to its tokenizer_config.json")
         self.pad_id: int = self._tokenizer.pad_token_id
         self.bos_id: int = self._tokenizer.bos_token_id
+        self.eos_id: int = self._tokenizer.eos_token_id
         self.vocab_size: int = len(self._tokenizer)
         # The first call clears, in place, padding and truncation that the folder may ask for: before threads share it.
         self.encode([""], max_length=1)
@@ -132,13 +143,17 @@ class FolderTokenizer:
         ids = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return _with_bos(ids, self.bos_id, max_length)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; special tokens are left out."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
 
 def load_tokenizer(folder: str | Path | None) -> Tokenizer:
     """The tokeniser in a local `transformers` folder, or the byte-level stand-in if None.
 
     Raises:
       FileNotFoundError: there is no such folder.
-      ValueError: the folder holds no usable tokeniser, or one without start or padding token.
+      ValueError: the folder holds no usable tokeniser, or one without start, end or padding token.
     """
     if folder is None:
         return ByteTokenizer()

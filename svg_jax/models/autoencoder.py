@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
-from svg_jax.models.decoder import Decoder, DecoderConfig
+from svg_jax.models.decoder import Decoder, DecoderConfig, decode_in_tiles
 from svg_jax.models.vit import ViT, ViTConfig, normalise_pixels
 
 EPSILON = 1e-8
@@ -82,11 +82,19 @@ class Autoencoder(nnx.Module):
         """Normalised latents; what stands in masked slots means nothing."""
         return self.latents.normalise(self.features(patches, grid))
 
-    def decode(self, z: Float[Array, "batch tokens channels"], grid: tuple[int, int]) -> Float[Array, "batch h w 3"]:
-        """Normalised latents of one grid (rows, cols) -> pixels in about [-1, 1]; further tokens are ignored."""
+    def decode(
+        self, z: Float[Array, "batch tokens channels"], grid: tuple[int, int], tile: int | None = None
+    ) -> Float[Array, "batch h w 3"]:
+        """Normalised latents of one grid (rows, cols) -> pixels in about [-1, 1]; further tokens are ignored.
+
+        Args:
+            z: Latents.
+            grid: Rows and columns of all of them.
+            tile: Side of the squares of latents that are decoded one after the other, see `decode_in_tiles`.
+        """
         rows, cols = grid
-        features = self.latents.denormalise(z[:, : rows * cols])
-        return self.decoder(features.reshape(z.shape[0], rows, cols, z.shape[-1]))
+        features = self.latents.denormalise(z[:, : rows * cols]).reshape(z.shape[0], rows, cols, z.shape[-1])
+        return self.decoder(features) if tile is None else decode_in_tiles(self.decoder, features, tile)
 
 
 def to_uint8(images: Float[Array, "batch h w 3"]) -> UInt8[Array, "batch h w 3"]:

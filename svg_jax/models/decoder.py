@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from svg_jax.nn.attention import attention
 from svg_jax.nn.linear import conv
@@ -153,7 +154,65 @@ class Decoder(nnx.Module):
 
     def __call__(self, z: Float[Array, "batch h w z_channels"]) -> Float[Array, "batch height width 3"]:
         """float32 pixels; `(x + 1) / 2` is the image."""
-        x = self.mid(self.conv_in(z.astype(self.config.dtype)))
-        for level in reversed(self.up):
+        return self.fine(self.coarse(z))
+
+    def coarse(self, z: Float[Array, "batch h w z_channels"]) -> Float[Array, "batch h2 w2 c"]:
+        """Up to the end of the lowest level: all of the attention, and little of the memory."""
+        return self.up[-1](self.mid(self.conv_in(z.astype(self.config.dtype))))
+
+    def fine(self, x: Float[Array, "batch h2 w2 c"]) -> Float[Array, "batch height width 3"]:
+        """The other levels."""
+        for level in reversed(self.up[:-1]):
             x = level(x)
         return self.conv_out(jax.nn.silu(self.norm_out(x))).astype(jnp.float32)
+
+
+def decode_in_tiles(
+    decoder: Decoder, z: Float[Array, "batch h w z_channels"], tile: int
+) -> Float[Array, "batch height width 3"]:
+    """Decodes overlapping squares of `tile` features a side one after the other, and blends them.
+
+    The lowest level, with all of the attention, sees the whole image; the levels above it, which take the memory, see
+    one square at a time. Neighbours share at least a quarter of a side, across which one fades into the other. An
+    approximation: the group norms of the upper levels take their statistics from one square. An image that is no
+    larger than a square is decoded whole.
+
+    Raises:
+        ValueError: Squares of less than 4 features.
+    """
+    if tile < 4:
+        raise ValueError(f"tiles of {tile} features a side are too small: choose at least 4")
+    batch, rows, cols, _ = z.shape
+    if rows <= tile and cols <= tile:
+        return decoder(z)
+    x = decoder.coarse(z)
+    scale, factor = x.shape[1] // rows, decoder.config.factor * rows // x.shape[1]
+    height, width = scale * min(tile, rows), scale * min(tile, cols)
+    corners = [(i, j) for i in _tile_starts(x.shape[1], height) for j in _tile_starts(x.shape[2], width)]
+    weight = (_ramp(height * factor)[:, None] * _ramp(width * factor)[None])[None, :, :, None]
+
+    def add(canvas: Array, corner: Int[Array, "2"]) -> tuple[Array, None]:
+        i, j = corner
+        zero = jnp.zeros_like(i)
+        square = decoder.fine(jax.lax.dynamic_slice(x, (zero, i, j, zero), (batch, height, width, x.shape[-1])))
+        square = jnp.concatenate([square * weight, jnp.broadcast_to(weight, (*square.shape[:-1], 1))], axis=-1)
+        at = (zero, i * factor, j * factor, zero)
+        there = jax.lax.dynamic_slice(canvas, at, square.shape)
+        return jax.lax.dynamic_update_slice(canvas, there + square, at), None
+
+    size = (x.shape[1] * factor, x.shape[2] * factor)
+    canvas = jnp.zeros((batch, *size, decoder.config.out_channels + 1))  # the last channel sums the weights
+    canvas, _ = jax.lax.scan(add, canvas, jnp.array(corners))
+    return canvas[..., :-1] / canvas[..., -1:]
+
+
+def _tile_starts(length: int, tile: int) -> list[int]:
+    """Where squares begin along one side: evenly spread, neighbours sharing at least a quarter."""
+    count = 1 + math.ceil((length - tile) / (tile - tile // 4))
+    return [round(i * (length - tile) / max(count - 1, 1)) for i in range(count)]
+
+
+def _ramp(length: int) -> Float[Array, " length"]:
+    """Weights that rise over the first quarter and fall over the last one; never zero."""
+    distance = jnp.arange(length, dtype=jnp.float32) + 0.5
+    return jnp.minimum(1.0, jnp.minimum(distance, length - distance) / (length / 4))

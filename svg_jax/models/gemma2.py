@@ -7,7 +7,7 @@ the last layer: so the cap is off by default, and `features` never computes that
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +109,13 @@ class Gemma2Config:
         return cls(**{**values, **changes})
 
 
+class Cache(NamedTuple):
+    """Keys and values of tokens already seen, every layer's: the token at position p of a row is in its slot p."""
+
+    keys: Float[Array, "layers batch slots kv_heads head_dim"]
+    values: Float[Array, "layers batch slots kv_heads head_dim"]
+
+
 class Attention(nnx.Module):
     """Causal grouped-query self-attention with rotated queries and keys."""
 
@@ -121,21 +128,28 @@ class Attention(nnx.Module):
         self.o_proj = dense(config, width, config.dim, ("heads", "embed"), rngs=rngs)
 
     def __call__(self, x: Array, rotary: tuple[Array, Array], valid: Array, window: Array) -> Array:
-        config = self.config
+        return self._mix(*self._project(x, rotary), valid=valid, window=window)
+
+    def extend(
+        self, x: Array, rotary: tuple[Array, Array], positions: Array, window: Array, cache: Cache
+    ) -> tuple[Array, Cache]:
+        """Writes keys and values into one layer's cache at `positions`, then attends to what is there up to them."""
+        q, k, v = self._project(x, rotary)
+        put = jax.vmap(lambda slots, new, places: slots.at[places].set(new))
+        cache = Cache(put(cache.keys, k, positions), put(cache.values, v, positions))
+        return self._mix(q, *cache, positions=positions, window=window), cache
+
+    def _project(self, x: Array, rotary: tuple[Array, Array]) -> tuple[Array, Array, Array]:
         q, k, v = (
-            proj(x).reshape(*x.shape[:2], -1, config.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
+            proj(x).reshape(*x.shape[:2], -1, self.config.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        mixed = attention(
-            rotate_halves(q, *rotary),
-            rotate_halves(k, *rotary),
-            v,
-            valid=valid,
-            causal=True,
-            window=window,
-            scale=config.query_scalar**-0.5,
-            logit_softcap=config.attn_logit_softcap,
-        )
-        return self.o_proj(mixed.reshape(*x.shape[:2], -1)).astype(jnp.float32)
+        return rotate_halves(q, *rotary), rotate_halves(k, *rotary), v
+
+    def _mix(self, q: Array, k: Array, v: Array, **mask: Array) -> Array:
+        config = self.config
+        scale, cap = config.query_scalar**-0.5, config.attn_logit_softcap
+        mixed = attention(q, k, v, causal=True, scale=scale, logit_softcap=cap, **mask)
+        return self.o_proj(mixed.reshape(*mixed.shape[:2], -1)).astype(jnp.float32)
 
 
 class MLP(nnx.Module):
@@ -163,7 +177,17 @@ class Layer(nnx.Module):
         self.post_feedforward_layernorm = OffsetRMSNorm(config.dim, eps=config.norm_eps)
 
     def __call__(self, x: Array, rotary: tuple[Array, Array], valid: Array, window: Array) -> Array:
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rotary, valid, window))
+        return self._add(x, self.self_attn(self.input_layernorm(x), rotary, valid, window))
+
+    def extend(
+        self, x: Array, rotary: tuple[Array, Array], positions: Array, window: Array, cache: Cache
+    ) -> tuple[Array, Cache]:
+        """The same on tokens that follow those in the layer's cache, see `Attention.extend`."""
+        branch, cache = self.self_attn.extend(self.input_layernorm(x), rotary, positions, window, cache)
+        return self._add(x, branch), cache
+
+    def _add(self, x: Array, branch: Array) -> Array:
+        x = x + self.post_attention_layernorm(branch)
         x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
         return constrain_batch(x)
 
@@ -205,9 +229,7 @@ class Gemma2(nnx.Module):
         self, tokens: Int[Array, "batch length"], mask: Bool[Array, "batch length"]
     ) -> Float[Array, "batch length vocab"]:
         """float32 logits of the token after each; arguments as for `features`."""
-        logits = self.embed_tokens.logits(self.last_hidden_state(tokens, mask))
-        cap = self.config.final_logit_softcap
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+        return self.logits(self._run(tokens, mask)[0])
 
     def features(
         self, tokens: Int[Array, "batch length"], mask: Bool[Array, "batch length"]
@@ -237,6 +259,52 @@ class Gemma2(nnx.Module):
         assert states is not None
         return jnp.concatenate([self.embed_tokens(tokens)[None], states])
 
+    def empty_cache(self, batch: int, slots: int) -> Cache:
+        """Room for `slots` tokens a row."""
+        config = self.config
+        shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+        return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+
+    def extend(
+        self, tokens: Int[Array, "batch new"], positions: Int[Array, "batch new"], cache: Cache
+    ) -> tuple[Float[Array, "batch new dim"], Cache]:
+        """Runs tokens that follow those in the cache.
+
+        A token sees the slots up to its own position and nothing after: what padding left there is never seen, and
+        is written over when the row grows.
+
+        Args:
+            tokens: The next tokens of each row.
+            positions: How many valid tokens stand before each.
+            cache: `empty_cache`, or what the last call returned.
+
+        Returns:
+            The output of the last layer, not normalised, and the cache with the new tokens.
+        """
+        tables = axis_table(self.config.head_dim, cache.keys.shape[2], self.config.rope_base)
+        cos, sin = (jnp.asarray(table)[positions] for table in tables)
+        graphdef, params = nnx.split(self.layers)
+
+        def layer(x: Array, scanned: Any) -> tuple[Array, Cache]:
+            params, window, cache = scanned
+            return nnx.merge(graphdef, params).extend(x, (cos, sin), positions, window, cache)
+
+        x = constrain_batch(self.embed_tokens(tokens))
+        return jax.lax.scan(layer, x, (params, self._windows(), cache))
+
+    def next_token(self, x: Float[Array, "batch dim"]) -> Int[Array, " batch"]:
+        """The most likely token after one whose last layer's output, not normalised, is x."""
+        return jnp.argmax(self.logits(x[:, None])[:, 0], axis=-1).astype(jnp.int32)
+
+    def logits(self, x: Float[Array, "batch length dim"]) -> Float[Array, "batch length vocab"]:
+        """float32 scores of the next token, from the output of the last layer, not normalised."""
+        logits, cap = self.embed_tokens.logits(self.norm(x)), self.config.final_logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def _windows(self) -> Int[Array, " layers"]:
+        even = jnp.arange(self.config.num_layers) % 2 == 0
+        return jnp.where(even, jnp.int32(self.config.sliding_window), jnp.int32(EVERYTHING))
+
     def _run(
         self, tokens: Array, mask: Array, *, stop: int | None = None, collect: bool = False
     ) -> tuple[Array, Array | None]:
@@ -246,10 +314,57 @@ class Gemma2(nnx.Module):
             jnp.broadcast_to(jnp.asarray(table)[None], (batch, *table.shape))
             for table in axis_table(config.head_dim, length, config.rope_base)
         )
-        even = jnp.arange(config.num_layers) % 2 == 0
-        windows = jnp.where(even, jnp.int32(config.sliding_window), jnp.int32(EVERYTHING))
         x = constrain_batch(self.embed_tokens(tokens))
-        return scan_layers(self.layers, x, (cos, sin), mask, per_layer=(windows,), stop=stop, collect=collect)
+        return scan_layers(self.layers, x, (cos, sin), mask, per_layer=(self._windows(),), stop=stop, collect=collect)
+
+
+def greedy(
+    model: Gemma2,
+    tokens: Int[Array, "batch length"],
+    num_tokens: Int[Array, " batch"],
+    *,
+    max_new_tokens: int,
+    eos_id: int,
+) -> tuple[Int[Array, "batch max_new_tokens"], Int[Array, " batch"]]:
+    """Continues each prompt with the most likely token, again and again, until the end token.
+
+    The prompts run once and leave their keys and values in a cache; then each step runs one token a row, until every
+    row has ended. A row's result does not depend on the others.
+
+    Args:
+        model: With its output head.
+        tokens: Right-padded prompts.
+        num_tokens: Valid tokens of each, at least one.
+        max_new_tokens: Where a row ends at the latest.
+        eos_id: The end token.
+
+    Returns:
+        The new tokens, with the end token in every slot from where a row ended; how many stand before it.
+
+    Raises:
+        ValueError: `max_new_tokens` is below 1.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}: at least one token must be asked for")
+    batch, length = tokens.shape
+    cache = model.empty_cache(batch, length + max_new_tokens)
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], tokens.shape)
+    x, cache = model.extend(tokens, positions, cache)
+    token = model.next_token(x[jnp.arange(batch), num_tokens - 1])
+    ids = jnp.full((batch, max_new_tokens), eos_id, jnp.int32).at[:, 0].set(token)
+
+    def unfinished(state: tuple[Array, Array, Array, Array, Cache]) -> Array:
+        i, _, ended, _, _ = state
+        return (i < max_new_tokens) & ~ended.all()
+
+    def step(state: tuple[Array, Array, Array, Array, Cache]) -> tuple[Array, Array, Array, Array, Cache]:
+        i, token, ended, ids, cache = state
+        x, cache = model.extend(token[:, None], (num_tokens + i - 1)[:, None], cache)
+        token = jnp.where(ended, eos_id, model.next_token(x[:, 0]))
+        return i + 1, token, ended | (token == eos_id), ids.at[:, i].set(token), cache
+
+    ids = jax.lax.while_loop(unfinished, step, (jnp.int32(1), token, token == eos_id, ids, cache))[3]
+    return ids, jnp.sum(ids != eos_id, axis=1, dtype=jnp.int32)
 
 
 def dense(

@@ -15,6 +15,7 @@ def attention(
     v: Float[Array, "batch keys kv_heads dim"],
     *,
     valid: Bool[Array, "batch keys"] | None = None,
+    positions: Int[Array, "batch queries"] | None = None,
     causal: bool = False,
     window: int | Int[Array, ""] | None = None,
     scale: float | None = None,
@@ -30,6 +31,7 @@ def attention(
         k: Keys.
         v: Values.
         valid: Keys that exist; the others are never attended to.
+        positions: Place i of each query among the keys: 0, 1, .. by default.
         causal: Query i sees keys j <= i.
         window: Query i sees keys j > i - window only.
         scale: Factor on the logits, 1 / sqrt(dim) by default.
@@ -47,7 +49,7 @@ def attention(
     logits = jnp.einsum("bhgqd,bhkd->bhgqk", q, k, preferred_element_type=jnp.float32) * scale
     if logit_softcap is not None:
         logits = logit_softcap * jnp.tanh(logits / logit_softcap)
-    mask = attention_mask(queries, keys, valid=valid, causal=causal, window=window)
+    mask = attention_mask(queries, keys, valid=valid, positions=positions, causal=causal, window=window)
     if mask is not None:
         logits = jnp.where(mask[:, None, None], logits, MASKED)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
@@ -59,16 +61,18 @@ def attention_mask(
     queries: int,
     keys: int,
     *,
-    valid: Bool[Array, "batch keys"] | None,
-    causal: bool,
-    window: int | Int[Array, ""] | None,
+    valid: Bool[Array, "batch keys"] | None = None,
+    positions: Int[Array, "batch queries"] | None = None,
+    causal: bool = False,
+    window: int | Int[Array, ""] | None = None,
 ) -> Bool[Array, "#batch #queries keys"] | None:
     """What a query may look at, as one boolean array, or None where it may look at everything."""
     mask = None if valid is None else valid[:, None, :]
     if causal or window is not None:
-        distance = jnp.arange(queries)[:, None] - jnp.arange(keys)[None, :]
-        near = distance >= 0 if causal else jnp.ones((queries, keys), bool)
+        places = jnp.arange(queries)[None] if positions is None else positions
+        distance = places[:, :, None] - jnp.arange(keys)[None, None, :]
+        near = distance >= 0 if causal else jnp.ones(distance.shape, bool)
         if window is not None:
             near &= distance < window
-        mask = near[None] if mask is None else mask & near[None]
+        mask = near if mask is None else mask & near
     return mask

@@ -128,6 +128,14 @@ def test_bytes_are_the_stand_in_where_no_folder_is_given() -> None:
     assert max(max(row) for row in tokenizer.encode(["\U0010ffff\ud800"], 9)[0]) < tokenizer.vocab_size
 
 
+def test_bytes_decode_to_the_text_without_special_tokens() -> None:
+    tokenizer = text.load_tokenizer(None)
+    (ids,), _ = tokenizer.encode(["a caf\u00e9, \u6f22"], 99)
+    assert tokenizer.decode([*ids, tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size]) == "a caf\u00e9, \u6f22"
+    assert tokenizer.decode(ids[:7]) == "a caf\ufffd"  # cut inside a letter
+    assert tokenizer.decode([]) == ""
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer") / "words"
@@ -137,7 +145,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_trained_words_are_single_tokens(trained: Path) -> None:
     tokenizer = text.load_tokenizer(trained)
-    assert (tokenizer.pad_id, tokenizer.bos_id) == (0, 2)
+    assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id) == (0, 1, 2)
     ids, _ = tokenizer.encode(CAPTIONS, 16)
     assert {len(row) for row in ids} == {1 + 6}
     assert len({tuple(row) for row in ids}) == len(CAPTIONS)
@@ -153,6 +161,13 @@ def test_any_text_can_be_encoded_by_a_trained_tokenizer(trained: Path) -> None:
     assert ids[0] == [2]
     assert len(ids[1]) > 1
     assert truncated == [False, False, False]
+
+
+def test_a_trained_tokenizer_decodes_without_special_tokens(trained: Path) -> None:
+    tokenizer = text.load_tokenizer(trained)
+    ids, _ = tokenizer.encode(CAPTIONS, 64)
+    for row, caption in zip(ids, CAPTIONS, strict=True):
+        assert tokenizer.decode([*row, tokenizer.eos_id, tokenizer.pad_id]).strip() == caption
 
 
 def test_training_the_same_words_gives_the_same_tokenizer(trained: Path, tmp_path: Path) -> None:
@@ -187,13 +202,17 @@ def test_a_folder_without_a_tokenizer_is_an_error(tmp_path: Path) -> None:
         text.load_tokenizer(tmp_path)
 
 
-def test_a_tokenizer_without_start_token_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("missing", ["pad_token", "bos_token", "eos_token"])
+def test_a_tokenizer_without_a_special_token_is_an_error(missing: str, tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has no bos_token"):
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    vocab = {token: i for i, token in enumerate(special.values())}
+    words = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    del special[missing]
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"has no {missing}"):
         text.load_tokenizer(tmp_path)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from svg_jax.convert.rules import to_jax, to_release
 from svg_jax.convert.tables import DECODER
-from svg_jax.models.decoder import Decoder, DecoderConfig
+from svg_jax.models.decoder import Decoder, DecoderConfig, decode_in_tiles
 from svg_jax.nn.functional import Network, Params
 from tests.vectors import Case, assert_close
 
@@ -101,3 +101,67 @@ def test_the_released_decoder_makes_sixteen_pixels_of_a_feature() -> None:
 def test_widths_that_group_norm_cannot_split_are_refused() -> None:
     with pytest.raises(ValueError, match="48 channels are not a multiple of 32"):
         Network(lambda rngs: Decoder(DecoderConfig(channels=48, channel_multipliers=(1, 1)), rngs=rngs))
+
+
+@pytest.fixture(scope="module")
+def random_decoder() -> tuple[Network[Decoder], Params]:
+    config = DecoderConfig(z_channels=6, channels=32, channel_multipliers=(1, 1, 1), num_res_blocks=1)
+    network = Network(lambda rngs: Decoder(config, rngs=rngs))
+    return network, jax.jit(network.init)(jax.random.key(0))
+
+
+def smooth(rows: int, cols: int) -> jax.Array:
+    """A field that varies slowly, so that every square of it has about the statistics of the whole."""
+    y, x = jnp.linspace(0, 9, rows)[:, None, None], jnp.linspace(0, 9, cols)[None, :, None]
+    return jnp.sin(y + x + jnp.arange(6.0)[None, None])[None]
+
+
+def test_tiles_come_closer_to_the_whole_the_larger_they_are(random_decoder: tuple[Network[Decoder], Params]) -> None:
+    network, params = random_decoder
+    z = smooth(40, 33)
+    whole = network(params)(z)
+
+    def error(tile: int) -> float:
+        tiled = jax.jit(lambda p, z: decode_in_tiles(network(p), z, tile))(params, z)
+        assert tiled.shape == whole.shape
+        return float(jnp.mean(jnp.abs(tiled - whole)) / jnp.std(whole))
+
+    assert error(24) < min(0.15, error(12) / 2)
+
+
+def test_tiles_of_a_decoder_without_statistics_are_exact(random_decoder: tuple[Network[Decoder], Params]) -> None:
+    """Places and weights of the squares, by a stand-in that looks at each feature alone: pixels must not move."""
+
+    class Repeat:
+        config = random_decoder[0](random_decoder[1]).config
+
+        def coarse(self, z: jax.Array) -> jax.Array:
+            return z
+
+        def fine(self, x: jax.Array) -> jax.Array:
+            return jnp.repeat(jnp.repeat(x[..., :3], self.config.factor, axis=1), self.config.factor, axis=2)
+
+    z = jax.random.normal(jax.random.key(1), (2, 23, 9, 6))
+    assert_close(decode_in_tiles(Repeat(), z, 8), Repeat().fine(z), 1e-6)
+
+
+def test_an_image_of_one_tile_is_decoded_whole(random_decoder: tuple[Network[Decoder], Params]) -> None:
+    network, params = random_decoder
+    z = smooth(6, 5)
+    assert (decode_in_tiles(network(params), z, 6) == network(params)(z)).all()
+    with pytest.raises(ValueError, match="tiles of 2 features a side are too small"):
+        decode_in_tiles(network(params), z, 2)
+
+
+def test_tiles_need_the_memory_of_one() -> None:
+    config = DecoderConfig(z_channels=6, channels=32, channel_multipliers=(1, 1, 1, 1), num_res_blocks=1)
+    network = Network(lambda rngs: Decoder(config, rngs=rngs))
+    z = jax.ShapeDtypeStruct((1, 32, 32, 6), jnp.float32)
+
+    def temporary(tile: int | None) -> int:
+        def decode(params, z):
+            return network(params)(z) if tile is None else decode_in_tiles(network(params), z, tile)
+
+        return jax.jit(decode).lower(network.shapes, z).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(8) < temporary(None) / 3

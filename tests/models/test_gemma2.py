@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,9 @@ from jaxtyping import Array
 
 from svg_jax.convert.rules import to_jax
 from svg_jax.convert.tables import GEMMA2
-from svg_jax.models.gemma2 import Gemma2, Gemma2Config
+from svg_jax.models.gemma2 import Cache, Gemma2, Gemma2Config, greedy
 from svg_jax.nn.functional import Network, Params
+from svg_jax.parallel import batch_sharding, make_mesh, param_shardings
 from tests.vectors import Case, assert_close, cases
 
 CASES = cases("gemma2")
@@ -82,15 +84,86 @@ def test_what_padding_holds_changes_nothing(name: str) -> None:
 @pytest.mark.parametrize("prefix", SETTINGS)
 @pytest.mark.parametrize("name", CASES)
 def test_every_greedy_step_equals_transformers(name: str, prefix: str) -> None:
+    """The expected tokens, one after the other through the cache: the logits of every step."""
     case, network, params = load(name, SETTINGS[prefix])
     ids = case.outputs[f"{prefix}generated_ids"].astype(np.int32)
     prompt = case.inputs["prompt_ids"].shape[1]
     np.testing.assert_array_equal(ids[:, :prompt], case.inputs["prompt_ids"])
-    logits = jax.jit(lambda params, *args: network(params)(*args))(params, ids, np.ones(ids.shape, bool))
-    steps = np.asarray(logits[:, prompt - 1 : -1])  # attention is causal: one pass over the result shows every step
+
+    @jax.jit
+    def step_logits(params: Params, ids: Array) -> Array:
+        model = network(params)
+        places = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
+        x, cache = model.extend(ids[:, :prompt], places[:, :prompt], model.empty_cache(*ids.shape))
+
+        def step(cache: Cache, i: Array) -> tuple[Cache, Array]:
+            x, cache = model.extend(ids[:, i][:, None], places[:, i][:, None], cache)
+            return cache, model.logits(x)[:, 0]
+
+        _, rest = jax.lax.scan(step, cache, jnp.arange(prompt, ids.shape[1] - 1))
+        return jnp.concatenate([model.logits(x)[:, -1:], rest.swapaxes(0, 1)], axis=1)
+
+    steps = np.asarray(step_logits(params, ids))
     expected = case.outputs[f"{prefix}generated_step_logits"]
     assert_close(steps, expected[:, : steps.shape[1]], 1e-4)
     np.testing.assert_array_equal(steps.argmax(-1), ids[:, prompt:])
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("prefix", SETTINGS)
+@pytest.mark.parametrize("name", CASES)
+def test_greedy_decoding_equals_transformers(name: str, prefix: str) -> None:
+    case, network, params = load(name, SETTINGS[prefix])
+    prompts = case.inputs["prompt_ids"].astype(np.int32)
+    expected = case.outputs[f"{prefix}generated_ids"][:, prompts.shape[1] :]
+    eos = case.config["model"]["eos_token_id"]
+    lengths = np.full(len(prompts), prompts.shape[1], np.int32)
+    ids, num_new = continued(network, expected.shape[1], eos)(params, prompts, lengths)
+    for row, count, wanted in zip(np.asarray(ids), num_new, expected, strict=True):
+        end = list(wanted).index(eos) if eos in wanted else len(wanted)
+        assert count == end
+        np.testing.assert_array_equal(row[:end], wanted[:end])
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", CASES)
+def test_prompts_of_other_lengths_in_a_batch_change_nothing(name: str) -> None:
+    """Each prompt alone and without padding, all of them in one padded batch, and whatever the padding holds."""
+    case, network, params = load(name, False)
+    tokens, mask = inputs_of(case)
+    lengths = mask.sum(1, dtype=np.int32)
+    assert len(set(lengths)) > 1
+    new, eos = case.config["new_tokens"], case.config["model"]["eos_token_id"]
+    run = continued(network, new, eos)
+    together = np.asarray(run(params, tokens, lengths)[0])
+    noise = np.where(mask, tokens, (tokens + 7) % case.config["model"]["vocab_size"])
+    np.testing.assert_array_equal(run(params, noise, lengths)[0], together)
+    for i, length in enumerate(lengths):
+        alone = run(params, tokens[i : i + 1, :length], lengths[i : i + 1])[0]
+        np.testing.assert_array_equal(alone[0], together[i])
+        np.testing.assert_array_equal(alone[0], recomputed(network, params, tokens[i, :length], new, eos))
+
+
+@functools.cache
+def continued(network: Network[Gemma2], max_new_tokens: int, eos: int):
+    @jax.jit
+    def run(params: Params, tokens: Array, num_tokens: Array) -> tuple[Array, Array]:
+        return greedy(network(params), tokens, num_tokens, max_new_tokens=max_new_tokens, eos_id=eos)
+
+    return run
+
+
+def recomputed(network: Network[Gemma2], params: Params, prompt: np.ndarray, new: int, eos: int) -> np.ndarray:
+    """Greedy decoding without a cache: the whole text runs again for every token."""
+    slots = len(prompt) + new
+    logits = jax.jit(lambda params, *args: network(params)(*args))
+    ids = np.full(slots, eos, np.int32)
+    ids[: len(prompt)] = prompt
+    for end in range(len(prompt), slots):
+        ids[end] = np.asarray(logits(params, ids[None], np.arange(slots)[None] < end))[0, end - 1].argmax()
+        if ids[end] == eos:
+            break
+    return ids[len(prompt) :]
 
 
 @pytest.mark.golden
@@ -107,6 +180,76 @@ def test_bfloat16_stays_near_float32(name: str) -> None:
 def tiny() -> tuple[Network[Gemma2], Params]:
     network = Network(lambda rngs: Gemma2(Gemma2Config.tiny(sliding_window=4), rngs=rngs))
     return network, jax.jit(network.init)(jax.random.key(0))
+
+
+PROMPTS = np.array([[2, 40, 41, 42, 43, 44], [2, 90, 91, 0, 0, 0], [2, 8, 9, 10, 11, 0], [2, 70, 0, 0, 0, 0]], np.int32)
+LENGTHS = np.array([6, 3, 5, 2], np.int32)
+
+
+def test_a_row_stops_at_the_end_token_and_the_others_go_on() -> None:
+    network, params = tiny()
+    free, counts = continued(network, 9, -1)(params, PROMPTS, LENGTHS)  # no token is -1: nothing ends early
+    assert counts.tolist() == [9] * 4
+    eos = int(free[0, 4])  # what the first row says at its fifth step ends every row that says it
+    ids, num_new = continued(network, 9, eos)(params, PROMPTS, LENGTHS)
+    for row, count, said in zip(np.asarray(ids), num_new, np.asarray(free), strict=True):
+        end = list(said).index(eos) if eos in said else 9
+        assert count == end
+        np.testing.assert_array_equal(row, [*said[:end], *[eos] * (9 - end)])
+    assert num_new[0] < 9
+    assert num_new.max() == 9
+
+
+def test_no_step_runs_once_every_row_has_ended() -> None:
+    network, params = tiny()
+    eos = int(continued(network, 1, -1)(params, PROMPTS[:1], LENGTHS[:1])[0][0, 0])
+    steps = []
+
+    class Counted(Gemma2):
+        def extend(self, *args: Any) -> Any:
+            jax.debug.callback(lambda: steps.append(1))
+            return super().extend(*args)
+
+    counted = Network(lambda rngs: Counted(network(params).config, rngs=rngs))
+    ids, num_new = continued(counted, 50, eos)(params, PROMPTS[:1], LENGTHS[:1])
+    jax.effects_barrier()
+    assert (num_new.tolist(), set(ids[0].tolist()), len(steps)) == ([0], {eos}, 1)
+
+
+def test_decoding_compiles_once_whatever_the_prompts() -> None:
+    network, params = tiny()
+    run = continued(network, 5, 1)
+    before = run._cache_size()
+    for tokens, lengths in ((PROMPTS, LENGTHS), (PROMPTS[::-1], LENGTHS[::-1]), (PROMPTS + 1, LENGTHS - 1)):
+        run(params, tokens, lengths)
+    assert run._cache_size() == before + 1
+
+
+def test_decoding_on_a_mesh_gives_the_same_tokens() -> None:
+    network, params = tiny()
+    expected = continued(network, 8, -1)(params, PROMPTS, LENGTHS)[0]
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    spread = jax.device_put(params, param_shardings(network.shapes, network.axes, mesh))
+    with jax.set_mesh(mesh):
+        inputs = jax.device_put((PROMPTS, LENGTHS), batch_sharding(mesh))
+        np.testing.assert_array_equal(continued(network, 8, -1)(spread, *inputs)[0], expected)
+
+
+def test_decoding_in_bfloat16() -> None:
+    config = Gemma2Config.tiny(sliding_window=4, dtype="bfloat16")
+    network = Network(lambda rngs: Gemma2(config, rngs=rngs))
+    assert jax.eval_shape(lambda params: network(params).empty_cache(4, 8), network.shapes).keys.dtype == jnp.bfloat16
+    run, params = continued(network, 6, -1), tiny()[1]
+    together = np.asarray(run(params, PROMPTS, LENGTHS)[0])
+    for i, length in enumerate(LENGTHS):
+        alone = run(params, PROMPTS[i : i + 1, :length], LENGTHS[i : i + 1])[0]
+        np.testing.assert_array_equal(alone[0], together[i])
+
+
+def test_no_new_tokens_are_refused() -> None:
+    network, params = tiny()
+    with pytest.raises(ValueError, match="max_new_tokens is 0"):
+        greedy(network(params), PROMPTS, LENGTHS, max_new_tokens=0, eos_id=1)
 
 
 def test_features_do_not_compute_the_last_layer() -> None:

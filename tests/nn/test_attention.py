@@ -123,7 +123,18 @@ def test_what_stands_in_masked_keys_changes_nothing() -> None:
 
 
 def test_no_mask_where_everything_is_visible() -> None:
-    assert attention_mask(3, 3, valid=None, causal=False, window=None) is None
+    assert attention_mask(3, 3) is None
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_queries_may_stand_anywhere_among_the_keys(window: int | None) -> None:
+    """Each row takes its own two of all six queries, and gets what they get among all."""
+    q, k, v = arrays()
+    everything = plain(q, k, v, causal=True, window=window)
+    positions = np.array([[0, 3], [5, 2]])
+    rows = np.arange(BATCH)[:, None]
+    out = attention(q[rows, positions], k, v, positions=positions, causal=True, window=window)
+    assert_close(out, everything[rows, positions], 1e-5)
 
 
 def test_heads_that_cannot_be_shared_are_refused() -> None:
