@@ -6,12 +6,14 @@ atomic; whatever mesh or number of processes it was made on, it restores onto th
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import NamedSharding
@@ -22,6 +24,8 @@ from svg_jax.state import TrainState
 logger = logging.getLogger("svg_jax")
 
 FOLDER = "checkpoints"
+PARTS = ("params", "ema", "frozen", "carried")  # of a checkpoint; `carried` is of the release's files, see `convert`
+CHUNK_BYTES = 64 * 2**20  # of a parameter on disk: what a device that wants a piece of it must read at least
 Result = TypeVar("Result")
 
 
@@ -160,6 +164,103 @@ def load_params(
         return {name: value for part in restored.values() for name, value in part.items()}
 
     return _from_newest(workdir, read)
+
+
+def save_params(workdir: str, parts: Mapping[str, Mapping[str, np.ndarray]], config: Mapping[str, Any]) -> None:
+    """A checkpoint of parameters alone, as `load_params` and `load_config` read them: that of a run at step 0.
+
+    Each array is asked for once, written and let go, so that parameters that are made on demand never lie in memory
+    together.
+
+    Args:
+        workdir: A folder without checkpoints.
+        parts: Parameters by name, under the field of the train state that they stand for (`ema`, `frozen`). Other parts
+            than those are kept too, and read by nobody but `open_params`.
+        config: What `load_config` gives back.
+    """
+    leaves = {part: {name: _OnDemand(arrays, name) for name in arrays} for part, arrays in parts.items() if arrays}
+    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), leaves)
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (_OnDemand, _OneByOne()), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
+    handler = ocp.CompositeCheckpointHandler(
+        state=ocp.PyTreeCheckpointHandler(type_handler_registry=registry), config=ocp.JsonCheckpointHandler()
+    )
+    args = ocp.args.Composite(
+        state=ocp.args.PyTreeSave(leaves, save_args=chunks), config=ocp.args.JsonSave(dict(config))
+    )
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(epath.Path(workdir).absolute() / FOLDER / "0", args=args)
+
+
+class SavedParams(Mapping[str, np.ndarray]):
+    """One part of a checkpoint: each parameter is read when it is asked for, and not kept."""
+
+    def __init__(self, folder: epath.Path, part: str) -> None:
+        self._folder, self._part = folder, part
+        self.shapes = _saved_shapes(folder, part)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        target = {self._part: {name: self.shapes[name]}}
+        restore_args = {self._part: {name: ocp.RestoreArgs(restore_type=np.ndarray)}}
+        args = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
+        restored = ocp.PyTreeCheckpointHandler().restore(self._folder / "state", args=args)
+        return restored[self._part][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def open_params(workdir: str) -> dict[str, SavedParams]:
+    """The parts of the newest checkpoint that hold parameters, as saved, on the host; nothing is read yet.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint.
+    """
+
+    def read(folder: epath.Path) -> dict[str, SavedParams]:
+        parts = {part: SavedParams(folder, part) for part in PARTS}
+        return {part: params for part, params in parts.items() if params}
+
+    return _from_newest(workdir, read)
+
+
+class _OnDemand:
+    """A leaf that is an entry of a mapping: Orbax passes leaves around before it writes them."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], name: str) -> None:
+        self._arrays, self._name = arrays, name
+
+    def read(self) -> np.ndarray:
+        return self._arrays[self._name]
+
+
+class _OneByOne(ocp.type_handlers.TypeHandler):
+    """Writes such leaves as Orbax writes NumPy arrays, each before the next is read.
+
+    Orbax's own handlers hold a second copy of everything until the last array is written.
+    """
+
+    def __init__(self) -> None:
+        self._numpy = ocp.type_handlers.NumpyHandler()
+
+    def typestr(self) -> str:
+        return str(self._numpy.typestr())
+
+    async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
+        for value, info, arg in zip(values, infos, args, strict=True):
+            for written in await self._numpy.serialize([value.read()], [info], [arg]):
+                await asyncio.to_thread(written.result)
+        return []
+
+    async def deserialize(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("checkpoints are read by Orbax's own handlers")
+
+    async def metadata(self, infos: Any) -> Any:
+        return await self._numpy.metadata(infos)
 
 
 def _from_newest(workdir: str, read: Callable[[epath.Path], Result]) -> Result:

@@ -57,8 +57,8 @@ class Rule:
 
 
 @dataclasses.dataclass(frozen=True)
-class Dropped:
-    """A key of the release that we do not keep."""
+class Carried:
+    """A key of the release that no parameter of ours is made of; it travels under its own name, for the way back."""
 
     release: str
     reason: str
@@ -78,7 +78,7 @@ class Filled:
     reason: str
 
 
-Table = tuple[Rule | Dropped | Filled, ...]
+Table = tuple[Rule | Carried | Filled, ...]
 
 
 def to_jax(state_dict: Mapping[str, np.ndarray], rules: Table, shapes: Shapes | None = None) -> dict[str, np.ndarray]:
@@ -96,30 +96,91 @@ def to_jax(state_dict: Mapping[str, np.ndarray], rules: Table, shapes: Shapes | 
     Raises:
         ValueError: Keys are missing, unexpected or of another shape, or layers of one stack differ in dtype.
     """
-    entries = _entries_of_names(state_dict, rules) if shapes is None else _entries_of_shapes(shapes, rules)
+    return dict(Converted(state_dict, state_dict, rules, shapes))
+
+
+class Converted(Mapping[str, np.ndarray]):
+    """`to_jax`, one parameter at a time: each is put together when it is asked for, and not kept."""
+
+    def __init__(
+        self,
+        state_dict: Mapping[str, np.ndarray],
+        structs: Mapping[str, Any],
+        rules: Table,
+        shapes: Shapes | None = None,
+    ) -> None:
+        """Checks every key; nothing is read.
+
+        Args:
+            state_dict: As for `to_jax`.
+            structs: What has the shapes of `state_dict`, and can be asked for them without reading anything.
+            rules: As for `to_jax`.
+            shapes: As for `to_jax`.
+
+        Raises:
+            ValueError: Keys are missing, unexpected or of another shape.
+        """
+        entries = _entries_of_names(structs, rules) if shapes is None else _entries_of_shapes(shapes, rules)
+        keys = [key for entry in entries for layer in entry.keys for key in layer]
+        if len(keys) != len(set(keys)):
+            raise ValueError(f"the table uses a key twice: {sorted(k for k in set(keys) if keys.count(k) > 1)}")
+        if problem := report(differences(structs, rules, shapes)):
+            raise ValueError(f"the weights do not fit: {problem}")
+        self._state_dict = state_dict
+        self._entries = {entry.name: entry for entry in entries}
+        self._filled: dict[str, Callable[[], np.ndarray]] = {}
+        for name, struct in (shapes or {}).items():
+            rule, _ = _rule_for(name, rules)
+            if isinstance(rule, Filled):
+                self._filled[name] = functools.partial(rule.value, struct.shape)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._filled[name]() if name in self._filled else _assemble(self._entries[name], self._state_dict)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._entries, *self._filled])
+
+    def __len__(self) -> int:
+        return len(self._entries) + len(self._filled)
+
+
+def differences(structs: Mapping[str, Any], rules: Table, shapes: Shapes | None = None) -> dict[str, list[str]]:
+    """Keys of a state dict that are missing, unexpected or of another shape; arguments as for `Converted`."""
+    entries = _entries_of_names(structs, rules) if shapes is None else _entries_of_shapes(shapes, rules)
     keys = [key for entry in entries for layer in entry.keys for key in layer]
-    used = frozenset(keys)
-    if len(keys) != len(used):
-        raise ValueError(f"the table uses a key twice: {sorted(k for k in used if keys.count(k) > 1)}")
-    dropped = [_compiled(rule.parts)[0] for rule in rules if isinstance(rule, Dropped)]
-    unexpected = [k for k in state_dict if k not in used and not any(pattern.fullmatch(k) for pattern in dropped)]
+    used = {*keys, *carried(structs, rules)}
     differing = []
     if shapes is not None:
         expected = release_shapes(shapes, rules)
         differing = [
-            f"{key} {tuple(state_dict[key].shape)} instead of {expected[key].shape}"
+            f"{key} {tuple(structs[key].shape)} instead of {expected[key].shape}"
             for key in expected
-            if key in state_dict and tuple(state_dict[key].shape) != expected[key].shape
+            if key in structs and tuple(structs[key].shape) != expected[key].shape
         ]
-    if problem := _report(missing=[k for k in keys if k not in state_dict], unexpected=unexpected, differing=differing):
-        raise ValueError(f"the weights do not fit: {problem}")
+    missing, unexpected = [k for k in keys if k not in structs], [k for k in structs if k not in used]
+    return {"missing": missing, "unexpected": unexpected, "of another shape": differing}
 
-    params = {entry.name: _assemble(entry, state_dict) for entry in entries}
-    for name, struct in (shapes or {}).items():
-        rule, _ = _rule_for(name, rules)
+
+def carried(names: Iterable[str], rules: Table) -> dict[str, str]:
+    """The names that no parameter of ours is made of, each with its reason."""
+    reasons = [(_compiled(rule.parts)[0], rule.reason) for rule in rules if isinstance(rule, Carried)]
+    matches = ((name, next((why for pattern, why in reasons if pattern.fullmatch(name)), None)) for name in names)
+    return {name: reason for name, reason in matches if reason is not None}
+
+
+def below(prefix: str, rules: Table) -> Table:
+    """A network's table where the network is a part of another: every name, theirs and ours, begins with `prefix`."""
+
+    def moved(rule: Rule | Carried | Filled) -> Rule | Carried | Filled:
         if isinstance(rule, Filled):
-            params[name] = rule.value(struct.shape)
-    return params
+            return dataclasses.replace(rule, ours=prefix + rule.ours)
+        if isinstance(rule, Rule):
+            return dataclasses.replace(
+                rule, release=tuple(prefix + part for part in rule.parts), ours=prefix + rule.ours
+            )
+        return dataclasses.replace(rule, release=prefix + rule.release)
+
+    return tuple(moved(rule) for rule in rules)
 
 
 def to_release(params: Mapping[str, Any], rules: Table) -> dict[str, np.ndarray]:
@@ -237,7 +298,15 @@ def _fill(pattern: str, words: dict[str, str]) -> str:
 
 
 def _assemble(entry: _Entry, state_dict: Mapping[str, np.ndarray]) -> np.ndarray:
-    layers = (entry.rule.forward(*(state_dict[key] for key in keys)) for keys in entry.keys)
+    def layer_of(keys: tuple[str, ...]) -> np.ndarray:
+        arrays = [state_dict[key] for key in keys]
+        if len(dtypes := {str(array.dtype) for array in arrays}) > 1:
+            raise ValueError(
+                f"{', '.join(keys)} are one parameter here and differ in dtype: {', '.join(sorted(dtypes))}"
+            )
+        return entry.rule.forward(*arrays)
+
+    layers = map(layer_of, entry.keys)
     if not entry.rule.stacked:
         return next(layers)
     stack: np.ndarray | None = None
@@ -254,14 +323,13 @@ def _assemble(entry: _Entry, state_dict: Mapping[str, np.ndarray]) -> np.ndarray
     return stack
 
 
-def _report(*, missing: list[str], unexpected: list[str], differing: list[str], limit: int = 20) -> str:
+def report(lists: Mapping[str, list[str]], limit: int = 20) -> str:
     """The lists that are not empty, sorted by layer number and cut at `limit`."""
 
     def some(items: list[str]) -> str:
         items = sorted(items, key=lambda item: [(len(w), w) if w.isdigit() else (0, w) for w in item.split(".")])
         return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
 
-    lists = {"missing": missing, "unexpected": unexpected, "of another shape": differing}
     return "; ".join(f"{len(items)} {kind}: {some(items)}" for kind, items in lists.items() if items)
 
 

@@ -9,10 +9,11 @@ from svg_jax.convert.rules import (
     LEADING_AXIS,
     LINEAR,
     PATCHES,
-    Dropped,
+    Carried,
     Filled,
     Rule,
     Table,
+    below,
 )
 from svg_jax.models.vit import qkv_bias_mask, rope_periods
 
@@ -44,15 +45,31 @@ DINOV3: Table = (
 )
 """`models.vit`: DINOv3 as torch.hub distributes it."""
 
-GEMMA2: Table = (
-    Dropped("lm_head.weight", "the output head is tied to the token embeddings"),
-    Dropped("{path:.+}.rotary_emb.inv_freq", "computed, not learnt"),
-    Rule("model.embed_tokens.weight", "embed_tokens.embedding"),
-    Rule("model.layers.{i}.{norm:.+_layernorm}.weight", "layers.{norm}.scale"),
-    Rule("model.layers.{i}.{path:.+}.weight", "layers.{path}.kernel", LINEAR),
-    Rule("model.norm.weight", "norm.scale"),
+AUTOENCODER: Table = (
+    *below("encoder.", DINOV3),
+    *below("decoder.", DECODER),
+    Carried("loss.{path:.+}", "LPIPS and the discriminator: adversarial training in the release"),
+    Carried("extra_vit.{path:.+}", "the residual branch of Autoencoder-R"),
+    Carried("norm_vit.{name:weight|bias}", "in the files of Autoencoder-R, unused there too"),
+    Carried("mask_token", "of the residual branch of Autoencoder-R"),
+    Carried("colorize", "for pictures in the release's logs"),
 )
-"""`models.gemma2`: `Gemma2ForCausalLM` of transformers."""
+"""`models.autoencoder`: the `state_dict` of the Lightning checkpoint. The latent statistics are a file of their own."""
+
+
+def gemma2(prefix: str = "model.") -> Table:
+    """`models.gemma2`: `Gemma2ForCausalLM` of transformers; with an empty prefix `Gemma2Model`."""
+    return (
+        Carried("lm_head.weight", "the output head is tied to the token embeddings"),
+        Carried("{path:.+}.rotary_emb.inv_freq", "computed, not learnt"),
+        Rule(f"{prefix}embed_tokens.weight", "embed_tokens.embedding"),
+        Rule(f"{prefix}layers.{{i}}.{{norm:.+_layernorm}}.weight", "layers.{norm}.scale"),
+        Rule(f"{prefix}layers.{{i}}.{{path:.+}}.weight", "layers.{path}.kernel", LINEAR),
+        Rule(f"{prefix}norm.weight", "norm.scale"),
+    )
+
+
+GEMMA2 = gemma2()
 
 
 def dinov3_transformers(*, gated: bool, rope_base: float = 100.0) -> Table:

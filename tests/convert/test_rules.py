@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from svg_jax.convert import rules
-from svg_jax.convert.rules import CONV2D, LINEAR, Dropped, Filled, Rule, Table, release_shapes, to_jax, to_release
+from svg_jax.convert.rules import CONV2D, LINEAR, Carried, Filled, Rule, Table, release_shapes, to_jax, to_release
 
 TABLE: Table = (
-    Dropped("{path:.+}.inv_freq", "computed, not learnt"),
+    Carried("{path:.+}.inv_freq", "computed, not learnt"),
     Filled("ones", np.ones, "the release has no such thing"),
     Rule("{stack:layers|refiner}.{i}.{norm:norm[12]}.weight", "{stack}.{norm}.scale"),
     Rule("{stack:layers|refiner}.{i}.{path:.+}.weight", "{stack}.{path}.kernel", LINEAR),
