@@ -10,6 +10,7 @@ DEPENDENCIES = [
     "jax>=0.10.2",  # everything that runs on a device; CPU unless an extra below brings an accelerator
     "jaxtyping>=0.3.11",  # array shapes in signatures
     "ml_collections>=1.1.0",  # configs that any flag can override
+    "jinja2>=3.1.6",  # the pages: galleries, the demo's report
     "numpy>=2.4.6",  # host-side arrays
     "optax>=0.2.8",  # AdamW, clipping, schedules
     "orbax-checkpoint>=0.12.8",  # asynchronous checkpoints that restore onto any mesh
@@ -39,14 +40,19 @@ EXTRAS = {
     ],
     "eval": ["scipy>=1.17.1"],  # the matrix square root in FID
     "demo": [
-        "jinja2>=3.1.6",  # the page
+        "gradio>=6.31.0",  # the web page of svg_jax.demo_app
         "scikit-image>=0.26.0",  # real photographs that ship inside the package
         "scikit-learn>=1.9.1",  # two more
     ],
     "test": [
+        "svg_jax[torch]",  # files of the release, written by the library that writes them
         "fsspec>=2026.9.0",  # a bucket in memory
         "import-linter>=2.16",  # which room may import which
+        "ipykernel>=7.4.0",  # with the next two: runs the notebook
         "mypy>=2.4.1",
+        "nbclient>=0.11.0",
+        "nbformat>=5.11.1",
+        "playwright>=1.65.2",  # drives Debian's Chromium through the web page; downloads no browser
         "pytest>=9.2.0",
         "pytest-xdist>=3.8.0",  # tests on both cores
         "ruff>=0.17.5",  # format and lint
@@ -61,7 +67,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["svg_jax*", "data_pipelines*", "configs*"]),
-    package_data={"svg_jax": ["demo.html.j2"]},
+    package_data={"svg_jax": ["demo.html.j2", "samples.html.j2"]},
     install_requires=DEPENDENCIES,
     extras_require=EXTRAS,
 )

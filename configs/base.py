@@ -92,10 +92,10 @@ def get_config() -> ConfigDict:
         "a bowl of ramen seen from above",
     )
     config.sample.num_steps = 50  # (released)
-    config.sample.method = "euler"
+    config.sample.solver = "dpm++2m"  # (released): a name in svg_jax.flow.solvers.SOLVERS
     config.sample.guidance_scale = 4.0  # (released)
     config.sample.renorm = 1.0  # (released)
-    config.sample.truncate = 1.0
-    config.sample.shift = 6.0  # (released) of the ODE samplers
+    config.sample.guidance_interval = (0.0, 1.0)  # (released): times at which guidance acts; 0 is noise
+    config.sample.shift = 10.0  # (released) toward noise
     config.sample.batch_size = 4
     return config

@@ -56,6 +56,7 @@ def get_config() -> ConfigDict:
     config.checkpoint.every = 600
     config.sample.every = 600
     config.sample.num_steps = 20
+    config.sample.solver = "euler"
     config.sample.guidance_scale = 4.0
     config.sample.renorm = 0.0
     config.sample.shift = 1.0

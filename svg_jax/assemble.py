@@ -7,17 +7,19 @@ import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
 from data_pipelines.images import crop_sizes
 from data_pipelines.text import full_prompt
-from svg_jax.checkpoint import load_params
+from svg_jax.checkpoint import load_config, load_params
 from svg_jax.config import check_numbers, flatten, from_config
 from svg_jax.flow.names import lookup
-from svg_jax.flow.solvers import TABLEAUS
+from svg_jax.flow.solvers import SOLVERS
 from svg_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from svg_jax.models.decoder import DecoderConfig
 from svg_jax.models.gemma2 import Gemma2, Gemma2Config
@@ -92,7 +94,7 @@ def check(config: ConfigDict, needs: str) -> None:
     if "model" in config:
         sections += [config.model, config.text.encoder]
         lookup("remat policy", config.model.remat, REMAT)
-        lookup("ODE solver", config.sample.method, TABLEAUS)
+        lookup("solver", config.sample.solver, SOLVERS)
         if config.text.system_prompt is not None:
             full_prompt("", config.text.system_prompt)
         if config.text.checkpoint and not config.text.tokenizer:
@@ -107,6 +109,82 @@ def check(config: ConfigDict, needs: str) -> None:
             )
     for section in sections:
         lookup("dtype", section.dtype, DTYPES)
+
+
+def sampling_config(
+    folder: str,
+    *,
+    autoencoder: str | None = None,
+    text_encoder: str | None = None,
+    tokenizer: str | None = None,
+    dtype: str | None = None,
+) -> tuple[str, ConfigDict]:
+    """Where the diffusion transformer's checkpoint lies, and the config of everything that drawing needs.
+
+    Args:
+        folder: What `svg_jax.convert import --to` made, or the workdir of a training run.
+        autoencoder: Workdir of another autoencoder than the one that the config names.
+        text_encoder: Workdir of another text encoder.
+        tokenizer: Folder of another tokeniser.
+        dtype: Compute type of all networks; None leaves it as configured.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint.
+        ValueError: It is of something else, or imported weights are not complete.
+    """
+    root = epath.Path(folder)
+    imported = (root / "dit").exists()
+    workdir = str(root / "dit") if imported else folder
+    if imported:
+        for kind, given in (("autoencoder", autoencoder), ("text_encoder", text_encoder)):
+            if not given and not (root / kind).exists():
+                raise ValueError(
+                    f"{folder} has a diffusion transformer and no {kind.replace('_', ' ')}: bring it over with "
+                    f"`python -m svg_jax.convert import FILE --to {folder}`"
+                )
+        autoencoder = autoencoder or str(root / "autoencoder")
+        text_encoder = text_encoder or str(root / "text_encoder")
+    config = ConfigDict(load_config(workdir))
+    if "model" not in config:
+        raise ValueError(f"{workdir} is no run of svg_jax.train: it has no diffusion transformer to draw with")
+    with config.ignore_type():
+        if autoencoder:
+            config.autoencoder = ConfigDict({**_section(autoencoder, "autoencoder"), "checkpoint": autoencoder})
+        if text_encoder:
+            config.text.encoder = ConfigDict(_section(text_encoder, "text")["encoder"])
+            config.text.checkpoint = text_encoder
+            beside = epath.Path(text_encoder) / "tokenizer"
+            tokenizer = tokenizer or (str(beside) if beside.exists() else None)
+        if tokenizer:
+            config.text.tokenizer = tokenizer
+        if dtype:
+            lookup("dtype", dtype, DTYPES)
+            for section in (config.model, config.autoencoder.encoder, config.autoencoder.decoder, config.text.encoder):
+                section.dtype = dtype
+    return workdir, config
+
+
+def _section(workdir: str, name: str) -> dict[str, Any]:
+    config = load_config(workdir)
+    if name not in config:
+        raise ValueError(f"{workdir} holds no {name.replace('text', 'text encoder')}: name another folder")
+    return config[name]
+
+
+def in_compute_type(network: Network[Any], dtypes: dict[str, str]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a network that is not trained: kernels are held in the type that each use would cast them to.
+
+    Args:
+        network: The network.
+        dtypes: Compute type by the beginning of a parameter's name.
+    """
+
+    def held(name: str, shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        cast = [dtype for prefix, dtype in dtypes.items() if name.startswith(prefix)]
+        kernel = name.endswith((".kernel", ".embedding"))
+        return jax.ShapeDtypeStruct(shape.shape, jnp.dtype(cast[0]) if cast and kernel else shape.dtype)
+
+    return {name: held(name, shape) for name, shape in network.shapes.items()}
 
 
 def make_paths_absolute(config: ConfigDict) -> None:
@@ -204,23 +282,44 @@ def fresh(network: Network[Any], mesh: Mesh, key: Key[Array, ""]) -> Params:
 
 def frozen(config: ConfigDict, networks: Networks, mesh: Mesh) -> Frozen:
     """Autoencoder and text encoder from their checkpoints, or the documented stand-ins where none are named."""
+    dtypes = {"": config.text.encoder.dtype}
     return Frozen(
         autoencoder=load_autoencoder(config.autoencoder, networks.autoencoder, mesh),
-        text=_loaded(networks.text, config.text.checkpoint, mesh, "text encoder", "config.text.checkpoint"),
+        text=_loaded(networks.text, config.text.checkpoint, dtypes, mesh, "text encoder", "config.text.checkpoint"),
     )
 
 
 def load_autoencoder(section: ConfigDict, network: Network[Autoencoder], mesh: Mesh) -> Params:
-    """Of the checkpoint that `config.autoencoder` names, or the stand-in."""
-    params = _loaded(network, section.checkpoint, mesh, "autoencoder", "config.autoencoder.checkpoint")
+    """Of the checkpoint that `config.autoencoder` names, or the stand-in.
+
+    A checkpoint of DINOv3 alone, as `svg_jax.convert import` makes one, gives the encoder; the decoder is new then.
+    """
+    if section.checkpoint and load_config(section.checkpoint).get("kind") == "encoder":
+        return _with_encoder(section.checkpoint, network, mesh)
+    dtypes = {"encoder.": section.encoder.dtype}  # the decoder may be about to be trained
+    key = "config.autoencoder.checkpoint"
+    params = _loaded(network, section.checkpoint, dtypes, mesh, "autoencoder", key)
     if section.checkpoint:
         return params
     params = with_cosine_patches(params, from_config(ViTConfig, section.encoder), "encoder.")
     return jax.device_put(params, shardings(network, mesh))
 
 
-def _loaded(network: Network[Any], checkpoint: str | None, mesh: Mesh, what: str, key: str) -> Params:
+def _with_encoder(checkpoint: str, network: Network[Autoencoder], mesh: Mesh) -> Params:
+    prefix, places = "encoder.", shardings(network, mesh)
+    names = {name.removeprefix(prefix): name for name in network.shapes if name.startswith(prefix)}
+    encoder = load_params(
+        checkpoint,
+        {short: network.shapes[name] for short, name in names.items()},
+        {short: places[name] for short, name in names.items()},
+    )
+    return fresh(network, mesh, jax.random.key(0)) | {names[short]: value for short, value in encoder.items()}
+
+
+def _loaded(
+    network: Network[Any], checkpoint: str | None, dtypes: dict[str, str], mesh: Mesh, what: str, key: str
+) -> Params:
     if checkpoint:
-        return load_params(checkpoint, network.shapes, shardings(network, mesh))
+        return load_params(checkpoint, in_compute_type(network, dtypes), shardings(network, mesh))
     logger.warning("no weights given for the %s: using a random stand-in, for trying things out (--%s)", what, key)
     return fresh(network, mesh, jax.random.key(0))

@@ -39,7 +39,7 @@ from svg_jax.loop import device_batch
 from svg_jax.models.autoencoder import Autoencoder
 from svg_jax.nn.functional import Network
 from svg_jax.parallel import make_mesh
-from svg_jax.pipeline import Pipeline
+from svg_jax.pipeline import SVGPipeline
 from svg_jax.steps import reconstruct
 
 ENVIRONMENT = {
@@ -154,8 +154,10 @@ class Demo:
             test = [scenes.sample_scene(TEST_SEED, i) for i in range(JUDGED)]
             single = [scenes.sample_scene(HELD_OUT_SEED, i, held_out=True, kind="one") for i in range(JUDGED)]
             reconstructed = self.reconstruct([scenes.render(scene) for scene in test])
-            pipeline = Pipeline.from_workdir(str(self.out / model))
-            drawn_test, drawn_single = ([*pipeline([s.prompt for s in part], seed=3)] for part in (test, single))
+            pipeline = SVGPipeline.from_checkpoint(str(self.out / model))
+            drawn_test, drawn_single = (
+                [np.asarray(image) for image in pipeline([s.prompt for s in part], seed=3)] for part in (test, single)
+            )
             self.report["shares that agree"] = {
                 "reconstructions": agreement(reconstructed, test),
                 "generated, single things of held-out pairs": agreement(drawn_single, single),

@@ -1,36 +1,132 @@
-"""Text to image as one object, for notebooks, the sampling door and the pictures drawn during training.
+"""Text to image as one object, for notebooks, the doors, and the pictures drawn during training.
 
->>> pipeline = Pipeline.from_workdir("out/demo/dit")
->>> images = pipeline(["a red circle at the top left"], seed=1)  # uint8 [H, W, 3] each
+>>> pipe = SVGPipeline.from_checkpoint("out/demo/dit")
+>>> images = pipe(["a red circle at the top left"], seed=1)  # one PIL image each
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import functools
+import logging
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import UInt8
+from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
+from PIL import Image
 
+from data_pipelines.enhancement import GENERATION, clean_enhancement, enhancement_request
+from data_pipelines.images import crop, patchify, to_rgb
 from data_pipelines.text import Tokenizer, full_prompt, load_tokenizer, pad_tokens
 from svg_jax import assemble
-from svg_jax.checkpoint import load_config, load_params
-from svg_jax.flow.names import lookup
-from svg_jax.flow.solvers import TABLEAUS
+from svg_jax.checkpoint import load_params
+from svg_jax.flow.solvers import Solver, check_num_steps
 from svg_jax.nn.functional import Params
 from svg_jax.parallel import batch_multiple, batch_sharding, make_mesh, replicated
-from svg_jax.steps import Frozen, Networks, Sampling, sample_images
+from svg_jax.steps import (
+    Frozen,
+    Networks,
+    Sampling,
+    decode_latents,
+    draw_latents,
+    encode_images,
+    encode_prompts,
+    generate_text,
+)
 
-Image = UInt8[np.ndarray, "height width 3"]
+logger = logging.getLogger("svg_jax")
+
+Latents = Float[np.ndarray, "rows cols channels"]
 
 
-class Pipeline:
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything but prompt and place that a picture depends on; `SVGPipeline.settings` fills in the run's defaults.
+
+    Attributes:
+        height: Pixels.
+        width: Pixels.
+        num_steps: Steps of the solver.
+        solver: A name in `flow.solvers.SOLVERS`, or a `Solver` with options of its own.
+        guidance_scale: How far from the negative prompt; 1 is none, and costs half.
+        renorm: Limit of the guided norm relative to the conditional one; 0 for none.
+        guidance_interval: Times [from, to) at which guidance acts; 0 is noise, 1 is data.
+        shift: Of the time grid, toward noise; 1 is none.
+        system_prompt: A name in `data_pipelines.text.SYSTEM_PROMPTS`.
+        negative_prompt: What guidance leads away from.
+        seed: Of the noise.
+        batch_size: Pictures at a time. It changes no noise; rounding may differ in the last bit.
+        tile: Side, in pixels, of the squares that are decoded one after the other; None decodes all at once.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    height: int
+    width: int
+    num_steps: int = 50
+    solver: str | Solver = "dpm++2m"
+    guidance_scale: float = 4.0
+    renorm: float = 1.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    shift: float = 10.0
+    system_prompt: str = "base"
+    negative_prompt: str = ""
+    seed: int = 0
+    batch_size: int = 4
+    tile: int | None = None
+
+    def __post_init__(self) -> None:
+        check_num_steps(self.num_steps)
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}: it must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}: it must be from 0 to 2^32 - 1")
+        numbers = (self.guidance_scale, self.renorm, *self.guidance_interval, self.shift)
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError(f"guidance_scale, renorm, guidance_interval and shift must be finite, not {numbers}")
+        if not self.shift > 0:
+            raise ValueError(f"shift is {self.shift:g}: it must be above zero, and 1 is none")
+        if self.guidance_interval[0] > self.guidance_interval[1]:
+            raise ValueError(f"guidance_interval {self.guidance_interval} ends before it begins")
+        full_prompt("", self.system_prompt)
+        self.as_solver()
+
+    def as_solver(self) -> Solver:
+        """The solver, with its options.
+
+        Raises:
+            ValueError: No solver has that name.
+        """
+        return self.solver if isinstance(self.solver, Solver) else Solver(self.solver)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One picture: its prompt, the place of that prompt in its list, and the place among the prompt's samples."""
+
+    prompt: str
+    index: int = 0
+    sample: int = 0
+
+
+class Drawn(NamedTuple):
+    """One picture, its prompt after enhancement, and what it was decoded from."""
+
+    job: Job
+    prompt: str
+    image: Image.Image
+    latents: Latents
+
+
+class SVGPipeline:
     """Draws pictures from prompts. Its defaults are the `sample` section of the run's config."""
 
     def __init__(
@@ -41,138 +137,243 @@ class Pipeline:
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
     @classmethod
-    def from_workdir(cls, workdir: str, *, ema: bool = True, mesh: Mesh | None = None) -> Pipeline:
-        """From the newest checkpoint of a training run.
+    def from_checkpoint(
+        cls,
+        folder: str,
+        *,
+        autoencoder: str | None = None,
+        text_encoder: str | None = None,
+        tokenizer: str | None = None,
+        ema: bool = True,
+        dtype: str | None = None,
+        mesh: Mesh | None = None,
+    ) -> SVGPipeline:
+        """From released weights that `svg_jax.convert import` has brought over, or from a training run.
 
         Args:
-            workdir: The run.
+            folder: What `convert import --to` made (with `dit`, `autoencoder`, `text_encoder` in it), or the workdir of
+                a run, whose newest checkpoint is used and whose config names the frozen networks.
+            autoencoder: Workdir of another autoencoder.
+            text_encoder: Workdir of another text encoder.
+            tokenizer: Folder of another tokeniser.
             ema: Use the averaged weights.
-            mesh: Where to run; all devices by default.
+            dtype: Compute type, and that of the stored kernels: `float32` or `bfloat16`; by default as configured.
+            mesh: Where to run; all devices of this host by default.
 
         Raises:
             FileNotFoundError: There is no checkpoint, or one that its config names is gone.
             ValueError: A checkpoint is of another architecture.
         """
-        config = ConfigDict(load_config(workdir))
-        if "model" not in config:
-            raise ValueError(f"{workdir} is no run of svg_jax.train: it has no diffusion transformer to draw with")
-        mesh = make_mesh({"fsdp": -1}) if mesh is None else mesh
+        workdir, config = assemble.sampling_config(
+            folder, autoencoder=autoencoder, text_encoder=text_encoder, tokenizer=tokenizer, dtype=dtype
+        )
+        mesh = make_mesh({"fsdp": -1}, jax.local_devices()) if mesh is None else mesh
         networks = assemble.networks(config)
-        parts = ("ema" if ema else "params", "frozen")
-        params = load_params(workdir, networks.dit.shapes, assemble.shardings(networks.dit, mesh), parts=parts)
-        tokenizer = load_tokenizer(config.text.tokenizer)
-        return cls(config, networks, params, assemble.frozen(config, networks, mesh), mesh, tokenizer)
+        params = load_params(
+            workdir,
+            assemble.in_compute_type(networks.dit, {"": config.model.dtype}),
+            assemble.shardings(networks.dit, mesh),
+            parts=("ema" if ema else "params", "frozen"),
+        )
+        frozen = assemble.frozen(config, networks, mesh)
+        return cls(config, networks, params, frozen, mesh, load_tokenizer(config.text.tokenizer))
 
-    def with_params(self, params: Params) -> Pipeline:
+    def with_params(self, params: Params) -> SVGPipeline:
         """The same with other weights of the diffusion transformer; compiled programs are shared."""
         other = copy.copy(self)
         other.params = params
         return other
 
-    def __call__(
-        self,
-        prompts: Sequence[str],
-        *,
-        negative_prompt: str = "",
-        samples_per_prompt: int = 1,
-        height: int | None = None,
-        width: int | None = None,
-        num_steps: int | None = None,
-        method: str | None = None,
-        guidance_scale: float | None = None,
-        renorm: float | None = None,
-        truncate: float | None = None,
-        shift: float | None = None,
-        system_prompt: str | None = None,
-        seed: int = 0,
-        batch_size: int | None = None,
-    ) -> list[Image]:
-        """Pictures, `samples_per_prompt` in a row for each prompt.
-
-        A picture is a function of seed, place of its prompt and place among its samples: neither the batch size nor the
-        number of hosts changes its noise.
-
-        Args:
-            prompts: What to draw; longer ones than the text budget are cut.
-            negative_prompt: What guidance leads away from.
-            samples_per_prompt: Pictures a prompt.
-            height: Pixels; the training resolution by default.
-            width: Pixels; the training resolution by default.
-            num_steps: Of the solver.
-            method: A solver of `flow.solvers`.
-            guidance_scale: 1 is none.
-            renorm: Limit of the guided norm relative to the conditional one; 0 for none.
-            truncate: First time without guidance.
-            shift: Of the time grid, toward noise.
-            system_prompt: A name in `data_pipelines.text.SYSTEM_PROMPTS`.
-            seed: Of the noise.
-            batch_size: Pictures at a time.
+    def settings(self, **options: Any) -> Settings:
+        """The run's defaults with these changes; None leaves a default alone.
 
         Raises:
+            TypeError: No such option.
             ValueError: A size is not a multiple of the patch size, or a number is out of range.
         """
-        defaults = self.config.sample
-        grid = self._grid(height, width)
-        num_steps = defaults.num_steps if num_steps is None else num_steps
-        batch_size = defaults.batch_size if batch_size is None else batch_size
-        counts = {"samples_per_prompt": samples_per_prompt, "num_steps": num_steps, "batch_size": batch_size}
-        for name, value in counts.items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}: it must be at least 1")
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed is {seed}: it must be from 0 to 2^32 - 1")
-        sampling = Sampling(
-            guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
-            renorm=defaults.renorm if renorm is None else renorm,
-            truncate=defaults.truncate if truncate is None else truncate,
-            shift=defaults.shift if shift is None else shift,
-        )
-        if not all(map(math.isfinite, sampling)):
-            raise ValueError(
-                f"guidance_scale, renorm, truncate and shift must be finite numbers, not {tuple(sampling)}"
-            )
-        if not sampling.shift > 0:
-            raise ValueError(f"shift is {sampling.shift:g}: it must be above zero, and 1 is none")
-        lookup("ODE solver", method or defaults.method, TABLEAUS)
+        resolution = self.config.data.resolution
+        system_prompt = self.config.text.system_prompt or "base"
+        defaults: dict[str, Any] = {**self.config.sample.to_dict(), "system_prompt": system_prompt}
+        defaults |= {"height": resolution, "width": resolution}
+        names = {field.name for field in dataclasses.fields(Settings)}
+        values = {name: value for name, value in defaults.items() if name in names}
+        values |= {name: value for name, value in options.items() if value is not None}
+        values["guidance_interval"] = tuple(values.get("guidance_interval", Settings.guidance_interval))
+        settings = Settings(**values)
+        self._grid(settings)
+        return settings
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        num_images: int = 1,
+        return_latents: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Pictures, `num_images` in a row for each prompt.
+
+        A picture is a function of the weights, the settings, the place of its prompt and its place among the samples:
+        neither the batch size nor the order nor the number of hosts changes its noise.
+
+        Args:
+            prompts: What to draw; an empty one is allowed.
+            num_images: Pictures a prompt.
+            return_latents: Also give what the pictures were decoded from, each normalised float32 [rows, cols, C].
+            **options: Fields of `Settings`, as in `pipe("a red fox", height=512, width=1024, guidance_scale=3.0)`.
+
+        Returns:
+            PIL images, or (images, latents).
+
+        Raises:
+            TypeError: No such option.
+            ValueError: A size is not a multiple of the patch size, or a number is out of range.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if num_images < 1:
+            raise ValueError(f"num_images is {num_images}: it must be at least 1")
+        jobs = [Job(prompt, i, j) for i, prompt in enumerate(prompts) for j in range(num_images)]
+        drawn = [picture for batch in self.stream(jobs, self.settings(**options)) for picture in batch]
+        images = [picture.image for picture in drawn]
+        return (images, [picture.latents for picture in drawn]) if return_latents else images
+
+    def stream(self, jobs: Sequence[Job], settings: Settings) -> Iterator[list[Drawn]]:
+        """The pictures, a batch at a time.
+
+        Raises:
+            MemoryError: The devices have too little; the message says which settings need less.
+        """
+        if not jobs:
+            return
+        prompts = {job.prompt: job.prompt for job in jobs}
+        if settings.system_prompt == "enhance":
+            some = [prompt for prompt in prompts if prompt]
+            prompts |= zip(some, self.enhance(some, settings.batch_size), strict=True)
+        grid, guide = self._grid(settings), settings.guidance_scale != 1
         multiple = batch_multiple(self.mesh)
-        jobs = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(samples_per_prompt)]
-        size = min(batch_size, len(jobs))
-        size = -(-size // multiple) * multiple
-        sample = self._sampler(grid, num_steps, method or defaults.method)
-
-        texts = [full_prompt(prompt, system_prompt or self.config.text.system_prompt or "base") for prompt in prompts]
-        key = jax.random.key(seed)
-        images: list[Image] = []
+        size = -(-min(settings.batch_size, len(jobs)) // multiple) * multiple
+        sampling = Sampling(*(getattr(settings, name) for name in Sampling._fields))
+        negative = full_prompt(settings.negative_prompt, settings.system_prompt)
+        key = jax.random.key(settings.seed)
+        draw = self._jit(draw_latents, self.networks.dit, grid=grid, solver=settings.as_solver(), guide=guide)
         for first in range(0, len(jobs), size):
-            batch = jobs[first : first + size]
+            batch = list(jobs[first : first + size])
             full = batch + batch[-1:] * (size - len(batch))  # the last batch is filled up, and cut again below
-            tokens, num_tokens = self._tokens([texts[prompt] for prompt, _ in full] + [negative_prompt] * size)
+            texts = [full_prompt(prompts[job.prompt], settings.system_prompt) for job in full]
+            places = np.array([(job.index, job.sample) for job in full], np.int32)
+            with jax.set_mesh(self.mesh), explained_out_of_memory():
+                features, num_tokens = self._encode(texts + [negative] * size if guide else texts)
+                z = draw(self.params, features, num_tokens, self._rows(places), key, sampling)
+                pixels = self._decode(z, grid, settings.tile)
+                images, latents = self._gathered(pixels), self._gathered(z).reshape(size, *grid, -1)
+            yield [
+                Drawn(job, prompts[job.prompt], Image.fromarray(image), latent)
+                for job, image, latent in zip(batch, images, latents, strict=False)
+            ]
+
+    def enhance(self, prompts: Sequence[str], batch_size: int = 4) -> list[str]:
+        """Prompts written out by the text encoder, a language model, and shortened as the release does.
+
+        Greedy decoding of the request in `data_pipelines.enhancement`; a prompt of which nothing is left comes back as
+        it was.
+        """
+        limits = {"max_new_tokens": GENERATION["max_new_tokens"], "eos_id": self.tokenizer.eos_id}
+        generate = self._jit(generate_text, self.networks.text, **limits)
+        enhanced: list[str] = []
+        size = -(-min(batch_size, len(prompts)) // batch_multiple(self.mesh)) * batch_multiple(self.mesh)
+        for first in range(0, len(prompts), max(size, 1)):
+            batch = list(prompts[first : first + size])
+            requests = [enhancement_request(prompt) for prompt in batch]
+            tokens, num_tokens = self._tokens(requests + requests[-1:] * (size - len(batch)), self._request_budget)
             with jax.set_mesh(self.mesh):
-                places = np.array(full, np.int32)
-                drawn = sample(self.params, self.frozen, tokens, num_tokens, places, key, sampling)
-            images.extend(np.asarray(jax.device_get(drawn))[: len(batch)])
-        return images
+                ids, counts = generate(self.frozen["text"], self._rows(tokens), self._rows(num_tokens))
+                ids, counts = self._gathered(ids), self._gathered(counts)
+            for prompt, row, count in zip(batch, ids, counts, strict=False):
+                enhanced.append(clean_enhancement(prompt, self.tokenizer.decode(row[:count].tolist())))
+        return enhanced
 
-    def _grid(self, height: int | None, width: int | None) -> tuple[int, int]:
-        patch, resolution = self.config.autoencoder.encoder.patch_size, self.config.data.resolution
-        for name, pixels in (("height", height), ("width", width)):
-            if pixels is not None and (pixels < patch or pixels % patch):
-                nearest = max(pixels // patch, 1) * patch
+    def encode(self, image: Image.Image) -> Latents:
+        """Normalised latents of a picture, cropped to the nearest size of whole patches."""
+        patch = self.config.autoencoder.encoder.patch_size
+        rows, cols = max(image.height // patch, 1), max(image.width // patch, 1)
+        patches, grid = patchify(crop(to_rgb(image), (cols * patch, rows * patch)), patch, rows * cols)
+        encode = self._jit(encode_images, self.networks.autoencoder)
+        with jax.set_mesh(self.mesh):
+            z = encode(self.frozen["autoencoder"], self._one(patches), self._one(grid))
+        return self._gathered(z)[0].reshape(rows, cols, -1)
+
+    def decode(self, latents: Latents, tile: int | None = None) -> Image.Image:
+        """The picture of normalised latents; `tile` as in `Settings`."""
+        rows, cols, channels = latents.shape
+        with jax.set_mesh(self.mesh):
+            pixels = self._decode(self._one(latents.reshape(rows * cols, channels)), (rows, cols), tile)
+        return Image.fromarray(self._gathered(pixels)[0])
+
+    @property
+    def _request_budget(self) -> int:
+        """Tokens of a prompt together with the request to enhance it."""
+        request, _ = self.tokenizer.encode([enhancement_request("")], 1 << 20)
+        return self.config.text.max_tokens + -(-len(request[0]) // 64) * 64
+
+    def _grid(self, settings: Settings) -> tuple[int, int]:
+        patch = self.config.autoencoder.encoder.patch_size
+        for name in ("height", "width"):
+            pixels = getattr(settings, name)
+            if pixels < patch or pixels % patch:
+                nearest = max(round(pixels / patch), 1) * patch
                 raise ValueError(f"{name} {pixels} is not a multiple of the patch size {patch}: choose {nearest}")
-        assemble.check_positions(self.config, max(height or resolution, width or resolution))
-        return (height or resolution) // patch, (width or resolution) // patch
+        assemble.check_positions(self.config, max(settings.height, settings.width))
+        return settings.height // patch, settings.width // patch
 
-    def _tokens(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        ids, _ = self.tokenizer.encode(texts, self.config.text.max_tokens)
-        return pad_tokens(ids, self.config.text.max_tokens, self.tokenizer.pad_id)
+    def _tokens(self, texts: list[str], budget: int) -> tuple[np.ndarray, np.ndarray]:
+        ids, cut = self.tokenizer.encode(texts, budget)
+        for text in {text for text, was_cut in zip(texts, cut, strict=True) if was_cut}:
+            logger.warning("a prompt of more than %d tokens is cut: …%s", budget, text[-60:])
+        return pad_tokens(ids, budget, self.tokenizer.pad_id)
 
-    def _sampler(self, grid: tuple[int, int], num_steps: int, method: str) -> Callable[..., Any]:
-        key = (grid, num_steps, method)
+    def _encode(self, texts: list[str]) -> tuple[Array, Array]:
+        tokens, num_tokens = map(self._rows, self._tokens(texts, self.config.text.max_tokens))
+        return self._jit(encode_prompts, self.networks.text)(self.frozen["text"], tokens, num_tokens), num_tokens
+
+    def _decode(self, z: Array, grid: tuple[int, int], tile: int | None) -> UInt8[Array, "batch h w 3"]:
+        patch = self.config.autoencoder.encoder.patch_size
+        decode = self._jit(
+            decode_latents, self.networks.autoencoder, grid=grid, tile=None if tile is None else tile // patch
+        )
+        return decode(self.frozen["autoencoder"], z)
+
+    def _rows(self, array: np.ndarray) -> Array:
+        """Rows over the devices."""
+        return jax.device_put(array, batch_sharding(self.mesh))
+
+    def _one(self, array: np.ndarray) -> Array:
+        """A batch of this alone: one copy for each device."""
+        return self._rows(np.repeat(array[None], batch_multiple(self.mesh), axis=0))
+
+    def _gathered(self, array: Array) -> np.ndarray:
+        """On this host, also where its rows lie on several."""
+        if not array.is_fully_addressable:
+            array = jax.jit(lambda x: x, out_shardings=replicated(self.mesh))(array)
+        return np.asarray(jax.device_get(array))
+
+    def _jit(self, function: Callable[..., Any], *leading: Any, **static: Any) -> Callable[..., Any]:
+        """`function` with these arguments bound, compiled once for each set of them; what it gives is split by rows."""
+        key = (function.__name__, *sorted(static.items()))
         if key not in self._compiled:
-            rows = batch_sharding(self.mesh)
-            self._compiled[key] = jax.jit(
-                functools.partial(sample_images, self.networks, grid=grid, num_steps=num_steps, method=method),
-                in_shardings=(None, None, rows, rows, rows, None, None),
-                out_shardings=replicated(self.mesh),
-            )
+            bound = functools.partial(function, *leading, **static)
+            self._compiled[key] = jax.jit(bound, out_shardings=batch_sharding(self.mesh))
         return self._compiled[key]
+
+
+@contextlib.contextmanager
+def explained_out_of_memory() -> Iterator[None]:
+    """Says which knob to turn."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryError(
+            "out of device memory: lower batch_size, decode in tiles (tile=512), load with dtype=bfloat16, or draw "
+            "smaller pictures"
+        ) from error

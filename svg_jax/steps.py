@@ -17,10 +17,11 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from svg_jax.flow.guidance import guided
 from svg_jax.flow.losses import batch_mean, loss_by_time, velocity_loss
 from svg_jax.flow.paths import Path
-from svg_jax.flow.solvers import solve_ode, time_grid
+from svg_jax.flow.shapes import Velocity
+from svg_jax.flow.solvers import Solver, integrate
 from svg_jax.flow.times import sample_times, times_from_draws
 from svg_jax.models.autoencoder import Autoencoder, to_uint8
-from svg_jax.models.gemma2 import Gemma2
+from svg_jax.models.gemma2 import Gemma2, greedy
 from svg_jax.models.next_dit import NextDiT
 from svg_jax.nn.functional import Network, Params
 from svg_jax.nn.patches import token_mask, unpatchify
@@ -200,61 +201,105 @@ def update_moments(network: Network[Autoencoder], params: Params, moments: Momen
 
 
 class Sampling(NamedTuple):
-    """Numbers of a sampling run that may change without compiling anew."""
+    """Numbers of a sampling run that may change without compiling anew; the defaults are the released recipe."""
 
+    num_steps: int | Array = 50
     guidance_scale: float | Array = 4.0
     renorm: float | Array = 1.0  # limit of the guided norm relative to the conditional one; 0 for none
-    truncate: float | Array = 1.0  # first time without guidance
-    shift: float | Array = 1.0  # of the time grid, toward noise
+    guidance_interval: tuple[float | Array, float | Array] = (0.0, 1.0)  # times [from, to) at which guidance acts
+    shift: float | Array = 10.0  # of the time grid, toward noise
 
 
-def sample_images(
-    networks: Networks,
+def encode_prompts(
+    network: Network[Gemma2], params: Params, tokens: Int[Array, "batch length"], num_tokens: Int[Array, " batch"]
+) -> Float[Array, "batch length dim"]:
+    """Features of right-padded prompts; those of padding mean nothing."""
+    return network(params).features(tokens, jnp.arange(tokens.shape[1])[None] < num_tokens[:, None])
+
+
+def draw_latents(
+    network: Network[NextDiT],
     params: Params,
-    frozen: Frozen,
-    tokens: Int[Array, "two_batch text_tokens"],
-    num_tokens: Int[Array, " two_batch"],
+    text: Float[Array, "texts text_tokens dim"],
+    num_tokens: Int[Array, " texts"],
     places: Int[Array, "batch 2"],
     key: Key[Array, ""],
     sampling: Sampling,
     *,
     grid: tuple[int, int],
-    num_steps: int,
-    method: str,
-) -> UInt8[Array, "batch h w 3"]:
-    """Pictures from prompts: noise -> guided ODE -> latents -> decoder.
+    solver: Solver,
+    guide: bool = True,
+) -> Float[Array, "batch tokens channels"]:
+    """Noise -> guided flow -> normalised latents of one grid. One compilation whatever the numbers in `sampling`.
 
     Args:
-        networks: The three networks.
-        params: Of the diffusion transformer.
-        frozen: Of the others.
-        tokens: Prompts, then as many negative prompts.
+        network: The diffusion transformer.
+        params: Its parameters.
+        text: Features of the prompts, then of as many negative prompts; of the prompts alone without guidance.
         num_tokens: Valid tokens of each.
         places: (place of its prompt, place among the samples of that prompt) of each picture.
         key: Of the run; a picture's noise is a function of this and of its place.
-        sampling: Guidance and time shift.
+        sampling: Steps, guidance and time shift.
         grid: (rows, cols) of the latents.
-        num_steps: Steps of the solver.
-        method: A solver of `flow.solvers`.
+        solver: What carries noise to data.
+        guide: Whether the unconditional half is computed at all.
     """
-    batch, length = places.shape[0], grid[0] * grid[1]
-    mask = jnp.arange(tokens.shape[1])[None] < num_tokens[:, None]
-    text = networks.text(frozen["text"]).features(tokens, mask)
-    dit, autoencoder = networks.dit(params), networks.autoencoder(frozen["autoencoder"])
-    channels = autoencoder.config.encoder.dim
+    dit = network(params)
+    mask = jnp.arange(text.shape[1])[None] < num_tokens[:, None]
+    grids = jnp.broadcast_to(jnp.asarray(grid, jnp.int32)[None], (text.shape[0], 2))
+    shape = (grid[0] * grid[1], dit.config.in_channels)
 
-    def noise(place: Int[Array, "2"]) -> Float[Array, "tokens channels"]:
-        mine = jax.random.fold_in(jax.random.fold_in(key, place[0]), place[1])
-        return jax.random.normal(mine, (length, channels), jnp.float32)
+    def key_of(place: Int[Array, "2"]) -> Key[Array, ""]:
+        return jax.random.fold_in(jax.random.fold_in(key, place[0]), place[1])
 
-    grids = jnp.broadcast_to(jnp.asarray(grid, jnp.int32)[None], (2 * batch, 2))
+    def noise_of_step(step: Int[Array, ""]) -> Float[Array, "batch tokens channels"]:
+        return jax.vmap(lambda place: jax.random.normal(jax.random.fold_in(key_of(place), step), shape))(places)
 
-    def both_halves(x: Array, t: Array) -> Array:
+    def network_velocity(x: Array, t: Array) -> Array:
         return dit(x, t, text, grid=grids, text_mask=mask)
 
-    velocity = guided(both_halves, sampling.guidance_scale, renorm=sampling.renorm, truncate=sampling.truncate)
-    z = solve_ode(velocity, jax.vmap(noise)(places), time_grid(num_steps, sampling.shift), method)
-    return to_uint8(autoencoder.decode(z, grid))
+    velocity: Velocity = network_velocity
+    if guide:
+        velocity = guided(
+            velocity, sampling.guidance_scale, renorm=sampling.renorm, interval=sampling.guidance_interval
+        )
+    x0 = jax.vmap(lambda place: jax.random.normal(key_of(place), shape))(places)
+    return integrate(velocity, x0, solver, num_steps=sampling.num_steps, shift=sampling.shift, noise=noise_of_step)
+
+
+def generate_text(
+    network: Network[Gemma2],
+    params: Params,
+    tokens: Int[Array, "batch length"],
+    num_tokens: Int[Array, " batch"],
+    *,
+    max_new_tokens: int,
+    eos_id: int,
+) -> tuple[Int[Array, "batch new"], Int[Array, " batch"]]:
+    """What the language model goes on with, and how many tokens of it; see `models.gemma2.greedy`."""
+    return greedy(network(params), tokens, num_tokens, max_new_tokens=max_new_tokens, eos_id=eos_id)
+
+
+def encode_images(
+    network: Network[Autoencoder],
+    params: Params,
+    patches: UInt8[Array, "batch tokens pixels"],
+    grid: Int[Array, "batch 2"],
+) -> Float[Array, "batch tokens channels"]:
+    """Normalised latents of padded patches."""
+    return network(params).encode(patches, grid)
+
+
+def decode_latents(
+    network: Network[Autoencoder],
+    params: Params,
+    z: Float[Array, "batch tokens channels"],
+    *,
+    grid: tuple[int, int],
+    tile: int | None = None,
+) -> UInt8[Array, "batch h w 3"]:
+    """Normalised latents of one grid -> pictures; `tile` as for `Autoencoder.decode`."""
+    return to_uint8(network(params).decode(z, grid, tile))
 
 
 def text_mask(batch: Batch) -> Bool[Array, "batch text_tokens"]:

@@ -26,7 +26,7 @@ from svg_jax.loop import fit
 from svg_jax.metrics import MetricWriter
 from svg_jax.models.next_dit import forward_flops
 from svg_jax.parallel import batch_multiple, batch_sharding, make_mesh, replicated
-from svg_jax.pipeline import Pipeline
+from svg_jax.pipeline import SVGPipeline
 from svg_jax.state import TrainState
 from svg_jax.steps import Batch, FlowObjective, Frozen, Metrics, text_to_image_step
 
@@ -98,7 +98,7 @@ def main(config: ConfigDict, workdir: str) -> None:
                 params = assemble.fresh(networks.dit, mesh, init_key)
             state = jax.jit(create, out_shardings=state_at, donate_argnums=0)(params)
         frozen = assemble.frozen(config, networks, mesh)
-        pipeline = Pipeline(config, networks, state.ema, frozen, mesh, tokenizer)
+        pipeline = SVGPipeline(config, networks, state.ema, frozen, mesh, tokenizer)
 
         start = int(state.step)
         flops = 3 * forward_flops(assemble.dit_config(config.model), image_tokens, config.text.max_tokens)
@@ -149,7 +149,7 @@ def main(config: ConfigDict, workdir: str) -> None:
             mesh=mesh,
             writer=writer,
             checkpoints=checkpoints,
-            draw=lambda state: pipeline.with_params(state.ema)(list(config.sample.prompts)),
+            draw=lambda state: [np.asarray(image) for image in pipeline.with_params(state.ema)(config.sample.prompts)],
         )
     logger.info("the train step was compiled %d time(s)", compilations)
 

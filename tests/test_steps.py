@@ -15,6 +15,7 @@ import pytest
 from jaxtyping import Array
 
 from svg_jax.flow.paths import path
+from svg_jax.flow.solvers import Solver
 from svg_jax.models.autoencoder import Autoencoder, AutoencoderConfig, to_uint8
 from svg_jax.models.decoder import DecoderConfig
 from svg_jax.models.gemma2 import Gemma2, Gemma2Config
@@ -31,9 +32,11 @@ from svg_jax.steps import (
     Sampling,
     accumulate,
     autoencoder_step,
+    decode_latents,
+    draw_latents,
+    encode_prompts,
     features_2d,
     reconstruct,
-    sample_images,
     target_pixels,
     text_to_image_step,
     update_moments,
@@ -281,17 +284,24 @@ def test_no_moments_yet() -> None:
     assert Moments.zero(3).std().tolist() == [0.0] * 3
 
 
+def sample(tiny: Tiny, params: Params, tokens: Array, lengths: Array, places: Array, settings: Sampling, solver: str):
+    """Prompts -> latents -> pictures, as the pipeline strings them together."""
+    text = encode_prompts(tiny.networks.text, tiny.frozen["text"], tokens, lengths)
+    z = draw_latents(
+        tiny.networks.dit, params, text, lengths, places, jax.random.key(5), settings,
+        grid=(2, 3), solver=Solver(solver), guide=len(places) < len(tokens),
+    )  # fmt: skip
+    return decode_latents(tiny.networks.autoencoder, tiny.frozen["autoencoder"], z, grid=(2, 3))
+
+
 def test_sampling_is_guidance_around_the_network_and_a_solver(tiny: Tiny) -> None:
-    """`sample_images` against the same sampler written out for one picture, padding cut off."""
+    """The compiled sampler against the same one written out for one picture, padding cut off."""
     prompt, negative = [2, 5, 7], [2]
     tokens = jnp.array([prompt + [9] * (TEXT_TOKENS - 3), negative + [9] * (TEXT_TOKENS - 1)])
-    settings = Sampling(guidance_scale=3.0, renorm=0.7, truncate=0.6, shift=4.0)
+    settings = Sampling(num_steps=4, guidance_scale=3.0, renorm=0.7, guidance_interval=(0.0, 0.6), shift=4.0)
     drawn = jax.jit(
-        lambda params: sample_images(
-            tiny.networks, params, tiny.frozen, tokens, jnp.array([3, 1]), jnp.array([[1, 2]]), jax.random.key(5),
-            settings, grid=(2, 3), num_steps=4, method="euler",
-        )
-    )(tiny.params)  # fmt: skip
+        lambda params: sample(tiny, params, tokens, jnp.array([3, 1]), jnp.array([[1, 2]]), settings, "euler")
+    )(tiny.params)
 
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(5), 1), 2)
     grid = jnp.array([[2, 3]])
@@ -314,21 +324,44 @@ def test_sampling_is_guidance_around_the_network_and_a_solver(tiny: Tiny) -> Non
     assert np.abs(np.asarray(drawn, np.int32) - np.asarray(by_hand(tiny.params), np.int32)).max() <= 1
 
 
-def test_a_picture_depends_on_its_own_prompt_and_place_only(tiny: Tiny) -> None:
+@pytest.mark.parametrize("solver", ["midpoint", "dpm++2m", "sde_euler"])
+def test_a_picture_depends_on_its_own_prompt_and_place_only(tiny: Tiny, solver: str) -> None:
     batch = make_batch()
 
     def draw(rows: list[int]) -> np.ndarray:
         prompts = jnp.concatenate([batch["tokens"][jnp.array(rows)], jnp.full((len(rows), TEXT_TOKENS), 2)])
         lengths = jnp.concatenate([batch["num_tokens"][jnp.array(rows)], jnp.ones(len(rows), jnp.int32)])
-        sample = jax.jit(
-            lambda tokens, lengths, places: sample_images(
-                tiny.networks, tiny.params, tiny.frozen, tokens, lengths, places, jax.random.key(5), Sampling(),
-                grid=(2, 3), num_steps=3, method="midpoint",
-            )
-        )  # fmt: skip
-        return np.asarray(sample(prompts, lengths, jnp.array([[row, 0] for row in rows])), np.int32)
+        places = jnp.array([[row, 0] for row in rows])
+        run = jax.jit(lambda *arrays: sample(tiny, tiny.params, *arrays, Sampling(num_steps=3), solver))
+        return np.asarray(run(prompts, lengths, places), np.int32)
 
     together, alone = draw([0, 1, 2]), draw([2])
     assert together.shape == (3, 2 * PATCH, 3 * PATCH, 3)
     assert np.abs(together[2] - alone[0]).max() <= 1  # float32 may round a pixel the other way
     assert (together[0] != together[2]).any()
+
+
+def test_without_guidance_the_unconditional_half_is_not_computed(tiny: Tiny) -> None:
+    batch = make_batch()
+    tokens, lengths, places = batch["tokens"][:2], batch["num_tokens"][:2], jnp.array([[0, 0], [1, 0]])
+    both = jnp.concatenate([tokens, jnp.full_like(tokens, 2)]), jnp.concatenate([lengths, jnp.ones_like(lengths)])
+    alone, scaled = (
+        np.asarray(sample(tiny, tiny.params, *texts, places, Sampling(num_steps=2, guidance_scale=1.0), "euler"), int)
+        for texts in ((tokens, lengths), both)
+    )
+    assert np.abs(alone - scaled).max() <= 1
+
+
+def test_steps_and_guidance_compile_nothing_anew(tiny: Tiny) -> None:
+    traced = []
+    batch = make_batch()
+
+    @jax.jit
+    def run(settings: Sampling) -> Array:
+        traced.append(1)
+        tokens, lengths = batch["tokens"][:2], batch["num_tokens"][:2]
+        return sample(tiny, tiny.params, tokens, lengths, jnp.array([[0, 0]]), settings, "dpm++2m")
+
+    for steps, scale in ((1, 4.0), (3, 2.0), (7, 0.0)):
+        run(Sampling(num_steps=steps, guidance_scale=scale))
+    assert len(traced) == 1
