@@ -1,7 +1,7 @@
 # Every target sets itself up from a fresh clone: it needs make and Python 3.11 or newer, nothing else.
 #
 #   make demo           train, resume, sample and score a small model; pages in out/demo   (LONG=1: up to two hours)
-#   make test           lint and the whole test suite
+#   make test           lint and the whole test suite; without Chromium, the web page is left out
 #   make lint           formatting, lint, types, and which room may import which
 #   make bench          speed and memory beside a PyTorch peer
 #
