@@ -1,7 +1,8 @@
-"""Our side of `benchmarks.train_step`: the step of `svg_jax.train`, given features instead of pixels and captions."""
+"""Our side: what `svg_jax.train` and the pipeline compile, given features instead of pixels and captions."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +13,11 @@ from jaxtyping import Array
 from benchmarks import shape as settings
 from benchmarks.shape import Shape
 from svg_jax.flow.paths import path
+from svg_jax.flow.solvers import Solver
 from svg_jax.models.next_dit import NextDiT, NextDiTConfig
-from svg_jax.nn.functional import Network
+from svg_jax.nn.functional import Network, Params
 from svg_jax.state import TrainState, adamw, learning_rate
-from svg_jax.steps import FlowObjective, Networks, text_to_image_step
+from svg_jax.steps import FlowObjective, Networks, Sampling, draw_latents, text_to_image_step
 
 VERSIONS = {"jax": jax.__version__}
 
@@ -76,15 +78,35 @@ def jitted_step(shape: Shape) -> tuple[Any, Callable[[Array], TrainState], Any]:
     return jax.jit(step, donate_argnums=0), create, ({"autoencoder": {}, "text": {}}, batch)
 
 
-def train_step(shape: Shape) -> tuple[Callable[[], float], int]:
-    """A function that makes one update and returns its loss, and the number of parameters."""
+def train_step(shape: Shape) -> tuple[Callable[[], Any], int]:
+    """A function that makes one update, and the number of parameters."""
     step, create, inputs = jitted_step(shape)
     state = jax.jit(create)(jax.random.key(0))
 
-    def update() -> float:
+    def update() -> None:
         nonlocal state
         state, metrics = step(state, *inputs)
-        jax.block_until_ready(state)
-        return float(metrics["loss"])
+        jax.block_until_ready((state, metrics))
 
     return update, sum(p.size for p in state.params.values())
+
+
+def jitted_draw(shape: Shape, dit: Network[NextDiT]) -> Callable[[Params, Array, Array], Array]:
+    """The sampler, compiled on its first call: (parameters, text of both halves, key) -> latents; picture i is the
+    first sample of prompt i.
+    """
+    grid = (shape.rows, shape.cols)
+    draw = jax.jit(functools.partial(draw_latents, dit, grid=grid, solver=Solver("euler")))
+    num_tokens = jnp.full((2 * shape.batch,), shape.text_tokens, jnp.int32)
+    places = jnp.stack([jnp.arange(shape.batch), jnp.zeros(shape.batch, jnp.int32)], axis=1)
+    recipe = Sampling(num_steps=settings.NUM_STEPS, guidance_scale=settings.GUIDANCE_SCALE, shift=1.0)
+    return lambda params, text, key: draw(params, text, num_tokens, places, key, recipe)
+
+
+def sampling(shape: Shape) -> tuple[Callable[[], Any], int]:
+    """A function that draws one batch of latents, and the number of parameters."""
+    dit = network(shape)
+    params = jax.jit(dit.init)(jax.random.key(0))
+    draw = jitted_draw(shape, dit)
+    text = jax.random.normal(jax.random.key(1), (2 * shape.batch, shape.text_tokens, shape.text_dim))
+    return lambda: draw(params, text, jax.random.key(2)).block_until_ready(), sum(p.size for p in params.values())

@@ -1,10 +1,11 @@
-"""The other side of `benchmarks.train_step`: Next-DiT as diffusers has it (Lumina-Image 2.0), trained by PyTorch."""
+"""The other side: Next-DiT as diffusers has it (Lumina-Image 2.0), trained and sampled by PyTorch."""
 
 from __future__ import annotations
 
 import copy
 import os
 from collections.abc import Callable
+from typing import Any
 
 import diffusers
 import torch
@@ -36,8 +37,8 @@ def network(shape: Shape) -> Lumina2Transformer2DModel:
     return model
 
 
-def train_step(shape: Shape) -> tuple[Callable[[], float], int]:
-    """A function that makes one update and returns its loss, and the number of parameters."""
+def train_step(shape: Shape) -> tuple[Callable[[], Any], int]:
+    """A function that makes one update, and the number of parameters."""
     torch.manual_seed(0)
     torch.set_num_threads(os.cpu_count() or 1)
     model = network(shape).train()
@@ -70,3 +71,32 @@ def train_step(shape: Shape) -> tuple[Callable[[], float], int]:
         return loss.item()
 
     return update, sum(p.numel() for p in params)
+
+
+@torch.inference_mode()
+def draw(model: Lumina2Transformer2DModel, text: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Noise [batch, channels, rows, cols] -> latents; `text` is that of both halves."""
+    mask = torch.ones(text.shape[:2], dtype=torch.long)
+    for i in range(settings.NUM_STEPS):
+        t = torch.full((len(text),), i / settings.NUM_STEPS)
+        both = model(torch.cat([x, x]), t, text, mask, return_dict=False)[0]
+        conditional, unconditional = both.chunk(2)
+        velocity = unconditional + settings.GUIDANCE_SCALE * (conditional - unconditional)
+        limit = norm(conditional) / (norm(velocity) + 1e-12)
+        x = x + velocity * limit.clamp(max=1.0) / settings.NUM_STEPS
+    return x
+
+
+def norm(x: torch.Tensor) -> torch.Tensor:
+    """Of each sample."""
+    return torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True)
+
+
+def sampling(shape: Shape) -> tuple[Callable[[], Any], int]:
+    """A function that draws one batch of latents, and the number of parameters."""
+    torch.manual_seed(0)
+    torch.set_num_threads(os.cpu_count() or 1)
+    model = network(shape).eval()
+    text = torch.randn(2 * shape.batch, shape.text_tokens, shape.text_dim)
+    noise = (shape.batch, shape.in_channels, shape.rows, shape.cols)
+    return lambda: draw(model, text, torch.randn(noise)), sum(p.numel() for p in model.parameters())

@@ -1,16 +1,24 @@
-"""Is the peer's network ours? `python -m benchmarks.same_network` moves its weights over and compares velocities."""
+"""Is the peer's network ours, and its sampler? `python -m benchmarks.same_network --latents` moves its weights over and
+compares the velocities, then what both draw from the same noise.
+"""
 
 from __future__ import annotations
+
+import argparse
 
 import jax
 import numpy as np
 import torch
+from diffusers import Lumina2Transformer2DModel
+from jaxtyping import Array
 
 from benchmarks import ours, peer
 from benchmarks.shape import Shape
 from svg_jax.convert.rules import LINEAR, Filled, Rule, Table, Transform, to_jax
+from svg_jax.models.next_dit import NextDiT
+from svg_jax.nn.functional import Network, Params
 
-TOLERANCE = 1e-4  # of the largest velocity
+TOLERANCE = 1e-4  # of the largest velocity, of the largest latent
 
 
 def lumina2(shape: Shape) -> Table:
@@ -53,8 +61,8 @@ def lumina2(shape: Shape) -> Table:
     )
 
 
-def largest_difference(shape: Shape) -> float:
-    """Between the two velocities, relative to the largest; the weights are random, none of them zero.
+def moved(shape: Shape) -> tuple[Lumina2Transformer2DModel, Network[NextDiT], Params]:
+    """The peer's network with random weights, none of them zero, and ours with the same.
 
     Raises:
         ValueError: The networks differ in their parameters.
@@ -66,26 +74,60 @@ def largest_difference(shape: Shape) -> float:
             param += 0.02 * torch.from_numpy(generator.standard_normal(param.shape, np.float32))
     network = ours.network(shape)
     params = to_jax({k: v.numpy() for k, v in model.state_dict().items()}, lumina2(shape), network.shapes)
+    return model, network, jax.device_put(params)
 
+
+def velocities_differ(
+    shape: Shape, model: Lumina2Transformer2DModel, network: Network[NextDiT], params: Params
+) -> float:
+    """By how much at most, relative to the largest."""
+    generator = np.random.default_rng(1)
     x = generator.standard_normal((shape.batch, shape.image_tokens, shape.in_channels), np.float32)
     text = generator.standard_normal((shape.batch, shape.text_tokens, shape.text_dim), np.float32)
     t = generator.uniform(size=shape.batch).astype(np.float32)
     mask = np.ones((shape.batch, shape.text_tokens), bool)
     grid = np.tile(np.array([[shape.rows, shape.cols]], np.int32), (shape.batch, 1))
     velocity = jax.jit(lambda params, *args: network(params)(*args, grid=grid, text_mask=mask))(params, x, t, text)
-
-    image = torch.from_numpy(x).reshape(shape.batch, shape.rows, shape.cols, -1).permute(0, 3, 1, 2)
     with torch.no_grad():
-        expected = model(image, *map(torch.from_numpy, (t, text, mask.astype(np.int64))), return_dict=False)[0]
-    expected = expected.permute(0, 2, 3, 1).reshape(x.shape).numpy()
-    return float(np.abs(np.asarray(velocity) - expected).max() / np.abs(expected).max())
+        expected = model(
+            as_image(x, shape), *map(torch.from_numpy, (t, text, mask.astype(np.int64))), return_dict=False
+        )[0]
+    return difference(velocity, expected)
+
+
+def latents_differ(shape: Shape, model: Lumina2Transformer2DModel, network: Network[NextDiT], params: Params) -> float:
+    """By how much at most, relative to the largest."""
+    text = np.random.default_rng(2).standard_normal((2 * shape.batch, shape.text_tokens, shape.text_dim), np.float32)
+    key = jax.random.key(0)
+    latents = ours.jitted_draw(shape, network)(params, text, key)
+    keys = [jax.random.fold_in(jax.random.fold_in(key, prompt), 0) for prompt in range(shape.batch)]
+    noise = np.stack([jax.random.normal(key, (shape.image_tokens, shape.in_channels)) for key in keys])
+    return difference(latents, peer.draw(model, torch.from_numpy(text), as_image(noise, shape)))
+
+
+def as_image(x: np.ndarray, shape: Shape) -> torch.Tensor:
+    """Tokens as the peer takes them, channels before rows and columns."""
+    return torch.from_numpy(x).reshape(len(x), shape.rows, shape.cols, -1).permute(0, 3, 1, 2).contiguous()
+
+
+def difference(found: Array, expected: torch.Tensor) -> float:
+    """Between our tokens and the peer's image."""
+    wanted = expected.permute(0, 2, 3, 1).reshape(found.shape).numpy()
+    return float(np.abs(np.asarray(found) - wanted).max() / np.abs(wanted).max())
 
 
 def main() -> None:
-    """Prints the difference; fails if it is not rounding."""
-    difference = largest_difference(Shape())
-    print(f"same parameters; velocities differ by {difference:.1e} of the largest (at most {TOLERANCE:g})")
-    if difference > TOLERANCE:
+    """Prints the differences; fails if they are not rounding."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--latents", action="store_true", help="compare what the samplers draw, too")
+    shape = Shape()
+    both = moved(shape)
+    found = {"velocities": velocities_differ(shape, *both)}
+    if parser.parse_args().latents:
+        found["latents"] = latents_differ(shape, *both)
+    for name, value in found.items():
+        print(f"same parameters; {name} differ by {value:.1e} of the largest (at most {TOLERANCE:g})")
+    if max(found.values()) > TOLERANCE:
         raise SystemExit("the two networks are not the same: the comparison means nothing")
 
 

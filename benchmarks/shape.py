@@ -1,4 +1,4 @@
-"""The one shape at which both sides of `benchmarks.train_step` train, and the settings of the optimiser."""
+"""The one shape at which both sides work, and the settings of the optimiser and of the sampler."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ EPS = 1e-15
 WEIGHT_DECAY = 0.0
 CLIP = 2.0  # global norm of the gradient
 EMA_DECAY = 0.95
+
+NUM_STEPS = 20  # of Euler's method, evenly from noise to data
+GUIDANCE_SCALE = 4.0  # the guided velocity is no longer than the conditional one
 
 
 @dataclasses.dataclass(frozen=True)
