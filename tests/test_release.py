@@ -1,0 +1,99 @@
+"""From the files of the release to pictures, and to the start of a training run, by the commands that the README gives."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+from ml_collections import ConfigDict
+from PIL import Image
+
+from data_pipelines.text import train_word_tokenizer
+from svg_jax import assemble, sample
+from svg_jax.convert.kinds import Model, restored
+from svg_jax.models.autoencoder import Autoencoder
+from svg_jax.models.decoder import DecoderConfig
+from svg_jax.nn.functional import Network
+from svg_jax.parallel import make_mesh
+from svg_jax.pipeline import SVGPipeline
+from tests.convert import release
+from tests.vectors import assert_close
+
+TEXT = dataclasses.replace(release.GEMMA, vocab_size=300)
+DIT = dataclasses.replace(release.DIT, text_dim=TEXT.dim)
+AUTOENCODER = {"encoder": vars(release.VIT), "decoder": vars(release.DECODER)}
+
+
+def scaled(model: Model, seed: int) -> dict[str, np.ndarray]:
+    """Random weights, small enough that a picture comes out."""
+    state = release.state_dict(model, seed=seed)
+    return {name: a if name.endswith(("bias_mask", "periods")) else 0.1 * a for name, a in state.items()}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("release")
+    dit, autoencoder, text = (
+        restored(config)
+        for config in (
+            {"kind": "dit", "model": vars(DIT)},
+            {"kind": "autoencoder", "autoencoder": AUTOENCODER},
+            {"kind": "text_encoder", "text": {"encoder": vars(TEXT)}, "origin": {"layout": "model."}},
+        )
+    )
+    torch.save({"model": release.tensors(scaled(dit, 0))}, folder / "consolidated_ema.00-of-01.pth")
+    torch.save({"state_dict": release.tensors(scaled(autoencoder, 1)), "epoch": 3}, folder / "svg_autoencoder.ckpt")
+    rows = np.random.default_rng(2).uniform(0.5, 1.5, (2, 12, release.VIT.dim)).astype(np.float32)
+    torch.save(release.tensors({"mean": rows[0], "std": rows[1]}), folder / "stats.pt")
+    release.transformers_folder(folder / "gemma-2-2b", scaled(text, 3), release.gemma_config(TEXT), shards=2)
+    train_word_tokenizer(["a red fox asleep in fresh snow"], folder / "gemma-2-2b", vocab_size=TEXT.vocab_size)
+    files = ("consolidated_ema.00-of-01.pth", "svg_autoencoder.ckpt", "stats.pt", "gemma-2-2b")
+    release.run("import", *(folder / file for file in files), "--to", folder / "weights")
+    return folder / "weights"
+
+
+def test_three_commands_to_a_picture(weights: Path, tmp_path: Path) -> None:
+    out = tmp_path / "samples"
+    flags = ["--checkpoint", str(weights), "--out", str(out), "--resolution", "48x32", "--dtype", "float32"]
+    sample.main([*flags, "--prompt", "a red fox asleep in fresh snow"])
+    (entry,) = json.loads((out / "data.json").read_text())
+    settings = entry["settings"]
+    assert (settings["solver"], settings["num_steps"], settings["shift"]) == ("dpm++2m", 50, 10.0)
+    assert (settings["guidance_scale"], settings["renorm"], settings["system_prompt"]) == (4.0, 1.0, "base")
+    with Image.open(out / entry["image_url"]) as image:
+        assert image.size == (48, 32)
+        assert np.asarray(image).std() > 1
+
+
+def test_statistics_reach_the_latents(weights: Path) -> None:
+    pipe = SVGPipeline.from_checkpoint(str(weights), dtype="float32")
+    stored = torch.load(weights.parent / "stats.pt", weights_only=True)
+    for name in ("mean", "std"):
+        assert (np.asarray(pipe.frozen["autoencoder"][f"latents.{name}"]) == stored[name][-1].numpy()).all()
+
+
+def test_a_vision_model_alone_begins_an_autoencoder(tmp_path: Path) -> None:
+    model = restored({"kind": "encoder", "encoder": vars(release.VIT)})
+    state = scaled(model, 5)
+    torch.save(release.tensors(state), tmp_path / "dinov3.pth")
+    release.run("import", tmp_path / "dinov3.pth", "--to", tmp_path)
+
+    section = ConfigDict({name: dict(values) for name, values in AUTOENCODER.items()})
+    section.checkpoint = str(tmp_path / "encoder")
+    sizes = assemble.autoencoder_config(section)
+    network = Network(lambda rngs: Autoencoder(sizes, rngs=rngs))
+    params = assemble.load_autoencoder(section, network, make_mesh({"fsdp": -1}))
+    assert params.keys() == network.shapes.keys()
+    assert_close(params["encoder.norm.scale"], state["norm.weight"], 1e-7)
+    assert float(jax.numpy.std(params["decoder.conv_in.kernel"])) > 0
+    wrong = ConfigDict({**section.to_dict(), "decoder": vars(DecoderConfig(**vars(release.DECODER)))})
+    wrong.encoder.num_layers = 1
+    sizes_of_wrong = assemble.autoencoder_config(wrong)
+    other = Network(lambda rngs: Autoencoder(sizes_of_wrong, rngs=rngs))
+    with pytest.raises(ValueError, match=r"another architecture: shapes differ: blocks\."):
+        assemble.load_autoencoder(wrong, other, make_mesh({"fsdp": -1}))
