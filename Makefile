@@ -40,6 +40,7 @@ format: $(VENV)/installed
 
 bench: $(VENV)/installed-bench
 	@$(BIN)/python -m benchmarks.train_step
+	@$(BIN)/python -m benchmarks.sampling
 
 clean:
 	rm -rf $(VENV) out build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
