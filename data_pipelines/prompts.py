@@ -55,16 +55,19 @@ def _from_json(text: str, path: Path) -> list[str]:
 def _from_line(line: str, where: str) -> str:
     try:
         value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg}): {line.strip()[:60]}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON ({error}): {line.strip()[:60]}") from error
     return _prompt(value, where)
 
 
 def _prompt(value: Any, where: str) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, dict):
-        for key in KEYS:
-            if isinstance(value.get(key), str):
-                return value[key]
+    found = (
+        next((value[key] for key in KEYS if isinstance(value.get(key), str)), None)
+        if isinstance(value, dict)
+        else value
+    )
+    if isinstance(found, str):
+        return found.encode("utf-8", "replace").decode(
+            "utf-8"
+        )  # half a surrogate pair, which JSON can hold, is no text
     raise ValueError(f"{where}: expected a string or an object with a text under {', '.join(KEYS)}")

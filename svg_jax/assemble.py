@@ -15,7 +15,7 @@ from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
 from data_pipelines.images import crop_sizes
-from data_pipelines.text import full_prompt
+from data_pipelines.text import Tokenizer, full_prompt
 from svg_jax.checkpoint import load_config, load_params
 from svg_jax.config import check_numbers, flatten, from_config
 from svg_jax.flow.names import lookup
@@ -97,10 +97,6 @@ def check(config: ConfigDict, needs: str) -> None:
         lookup("solver", config.sample.solver, SOLVERS)
         if config.text.system_prompt is not None:
             full_prompt("", config.text.system_prompt)
-        if config.text.checkpoint and not config.text.tokenizer:
-            raise ValueError(
-                "config.text.checkpoint is given without config.text.tokenizer: name the folder of its tokeniser"
-            )
         check_positions(config, max(config.data.resolution, *crop_sides(config)))
         if config.text.max_tokens >= config.model.axes_lens[0]:
             raise ValueError(
@@ -154,7 +150,7 @@ def sampling_config(
             config.text.encoder = ConfigDict(_section(text_encoder, "text")["encoder"])
             config.text.checkpoint = text_encoder
             beside = epath.Path(text_encoder) / "tokenizer"
-            tokenizer = tokenizer or (str(beside) if beside.exists() else None)
+            config.text.tokenizer = str(beside) if beside.exists() else None
         if tokenizer:
             config.text.tokenizer = tokenizer
         if dtype:
@@ -185,6 +181,24 @@ def in_compute_type(network: Network[Any], dtypes: dict[str, str]) -> dict[str, 
         return jax.ShapeDtypeStruct(shape.shape, jnp.dtype(cast[0]) if cast and kernel else shape.dtype)
 
     return {name: held(name, shape) for name, shape in network.shapes.items()}
+
+
+def check_tokenizer(config: ConfigDict, tokenizer: Tokenizer) -> None:
+    """Tokeniser and text encoder must be of one model.
+
+    Raises:
+        ValueError: The text encoder's weights are named and no tokeniser is, or it has fewer tokens.
+    """
+    if config.text.checkpoint and not config.text.tokenizer:
+        raise ValueError(
+            f"the text encoder {config.text.checkpoint} is given without its tokeniser: name the folder of that, with "
+            "--config.text.tokenizer in training and --tokenizer in sampling"
+        )
+    if tokenizer.vocab_size > config.text.encoder.vocab_size:
+        raise ValueError(
+            f"the tokeniser has {tokenizer.vocab_size} tokens and the text encoder "
+            f"{config.text.encoder.vocab_size}: give both of one model"
+        )
 
 
 def make_paths_absolute(config: ConfigDict) -> None:

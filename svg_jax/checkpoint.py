@@ -129,6 +129,15 @@ def load_config(workdir: str) -> dict[str, Any]:
     return _from_newest(workdir, read)
 
 
+def newest_step(workdir: str) -> int:
+    """Updates of the newest checkpoint of a run.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint.
+    """
+    return _from_newest(workdir, lambda folder: int(folder.name))
+
+
 def load_params(
     workdir: str,
     shapes: Mapping[str, jax.ShapeDtypeStruct],
@@ -274,7 +283,9 @@ def _from_newest(workdir: str, read: Callable[[epath.Path], Result]) -> Result:
             raise
         except Exception as error:  # whatever Orbax or the file system says about a damaged file
             logger.error("checkpoint %s cannot be read (%s): trying the one before", folder / str(step), error)
-    raise FileNotFoundError(f"no checkpoint in {folder} can be read: train with this --workdir first, or name another")
+    raise FileNotFoundError(
+        f"no checkpoint in {folder} can be read: name the workdir of a training run, or of imported weights"
+    )
 
 
 def _saved_shapes(folder: epath.Path, part: str) -> dict[str, jax.ShapeDtypeStruct]:

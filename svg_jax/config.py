@@ -34,7 +34,7 @@ def one_sentence(*kinds: type[Exception]) -> Iterator[None]:
     Args:
         kinds: Which errors these are; by default those that reading and checking input raise.
     """
-    expected = kinds or (ValueError, OSError, ImportError)
+    expected = kinds or (ValueError, OSError, ImportError, MemoryError)
     try:
         yield
     except expected as error:

@@ -12,11 +12,13 @@ import dataclasses
 import functools
 import logging
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
@@ -26,7 +28,7 @@ from data_pipelines.enhancement import GENERATION, clean_enhancement, enhancemen
 from data_pipelines.images import crop, patchify, to_rgb
 from data_pipelines.text import Tokenizer, full_prompt, load_tokenizer, pad_tokens
 from svg_jax import assemble
-from svg_jax.checkpoint import load_params
+from svg_jax.checkpoint import load_params, newest_step
 from svg_jax.flow.solvers import Solver, check_num_steps
 from svg_jax.nn.functional import Params
 from svg_jax.parallel import batch_multiple, batch_sharding, make_mesh, replicated
@@ -62,7 +64,8 @@ class Settings:
         system_prompt: A name in `data_pipelines.text.SYSTEM_PROMPTS`.
         negative_prompt: What guidance leads away from.
         seed: Of the noise.
-        batch_size: Pictures at a time. It changes no noise; rounding may differ in the last bit.
+        batch_size: Pictures at a time. It changes no noise, and at most the rounding of a pixel; but the steps that
+            `dopri5` chooses are those of a whole batch, so that its pictures depend on it up to `rtol`.
         tile: Side, in pixels, of the squares that are decoded one after the other; None decodes all at once.
 
     Raises:
@@ -84,6 +87,12 @@ class Settings:
     tile: int | None = None
 
     def __post_init__(self) -> None:
+        # Numbers of one type each: the compiled programs tell 4 from 4.0.
+        self._cast(float, "guidance_scale", "renorm", "shift")
+        self._cast(_whole, "height", "width", "num_steps", "seed", "batch_size")
+        self._cast(lambda interval: tuple(map(float, _pair(interval))), "guidance_interval")
+        if self.tile is not None:
+            self._cast(_whole, "tile")
         check_num_steps(self.num_steps)
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}: it must be at least 1")
@@ -98,6 +107,14 @@ class Settings:
             raise ValueError(f"guidance_interval {self.guidance_interval} ends before it begins")
         full_prompt("", self.system_prompt)
         self.as_solver()
+
+    def _cast(self, kind: Callable[[Any], Any], *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            try:
+                object.__setattr__(self, name, kind(value))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{name} is {value!r}: {error}") from error
 
     def as_solver(self) -> Solver:
         """The solver, with its options.
@@ -117,6 +134,17 @@ class Job:
     sample: int = 0
 
 
+def _whole(value: Any) -> int:
+    if isinstance(value, float) and value.is_integer():  # web pages and JSON write 4.0
+        return int(value)
+    return operator.index(value)
+
+
+def _pair(values: Any) -> tuple[float, float]:
+    low, high = values
+    return low, high
+
+
 class Drawn(NamedTuple):
     """One picture, its prompt after enhancement, and what it was decoded from."""
 
@@ -134,6 +162,7 @@ class SVGPipeline:
     ) -> None:
         self.config, self.networks, self.mesh, self.tokenizer = config, networks, mesh, tokenizer
         self.params, self.frozen = params, frozen
+        self.origin: dict[str, Any] = {}  # where the weights came from
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
     @classmethod
@@ -169,14 +198,22 @@ class SVGPipeline:
         )
         mesh = make_mesh({"fsdp": -1}, jax.local_devices()) if mesh is None else mesh
         networks = assemble.networks(config)
-        params = load_params(
-            workdir,
-            assemble.in_compute_type(networks.dit, {"": config.model.dtype}),
-            assemble.shardings(networks.dit, mesh),
-            parts=("ema" if ema else "params", "frozen"),
-        )
-        frozen = assemble.frozen(config, networks, mesh)
-        return cls(config, networks, params, frozen, mesh, load_tokenizer(config.text.tokenizer))
+        tokens = load_tokenizer(config.text.tokenizer)
+        assemble.check_tokenizer(config, tokens)
+        with explained_out_of_memory():
+            params = load_params(
+                workdir,
+                assemble.in_compute_type(networks.dit, {"": config.model.dtype}),
+                assemble.shardings(networks.dit, mesh),
+                parts=("ema" if ema else "params", "frozen"),
+            )
+            frozen = assemble.frozen(config, networks, mesh)
+        pipe = cls(config, networks, params, frozen, mesh, tokens)
+        folders = {"checkpoint": workdir, "autoencoder": config.autoencoder.checkpoint}
+        folders |= {"text_encoder": config.text.checkpoint, "tokenizer": config.text.tokenizer}
+        pipe.origin = {name: path and str(epath.Path(path).absolute()) for name, path in folders.items()}
+        pipe.origin |= {"step": newest_step(workdir), "ema": ema, "dtype": config.model.dtype}
+        return pipe
 
     def with_params(self, params: Params) -> SVGPipeline:
         """The same with other weights of the diffusion transformer; compiled programs are shared."""
@@ -198,7 +235,6 @@ class SVGPipeline:
         names = {field.name for field in dataclasses.fields(Settings)}
         values = {name: value for name, value in defaults.items() if name in names}
         values |= {name: value for name, value in options.items() if value is not None}
-        values["guidance_interval"] = tuple(values.get("guidance_interval", Settings.guidance_interval))
         settings = Settings(**values)
         self._grid(settings)
         return settings
@@ -285,7 +321,7 @@ class SVGPipeline:
             batch = list(prompts[first : first + size])
             requests = [enhancement_request(prompt) for prompt in batch]
             tokens, num_tokens = self._tokens(requests + requests[-1:] * (size - len(batch)), self._request_budget)
-            with jax.set_mesh(self.mesh):
+            with jax.set_mesh(self.mesh), explained_out_of_memory():
                 ids, counts = generate(self.frozen["text"], self._rows(tokens), self._rows(num_tokens))
                 ids, counts = self._gathered(ids), self._gathered(counts)
             for prompt, row, count in zip(batch, ids, counts, strict=False):
@@ -298,14 +334,14 @@ class SVGPipeline:
         rows, cols = max(image.height // patch, 1), max(image.width // patch, 1)
         patches, grid = patchify(crop(to_rgb(image), (cols * patch, rows * patch)), patch, rows * cols)
         encode = self._jit(encode_images, self.networks.autoencoder)
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh), explained_out_of_memory():
             z = encode(self.frozen["autoencoder"], self._one(patches), self._one(grid))
         return self._gathered(z)[0].reshape(rows, cols, -1)
 
     def decode(self, latents: Latents, tile: int | None = None) -> Image.Image:
         """The picture of normalised latents; `tile` as in `Settings`."""
         rows, cols, channels = latents.shape
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh), explained_out_of_memory():
             pixels = self._decode(self._one(latents.reshape(rows * cols, channels)), (rows, cols), tile)
         return Image.fromarray(self._gathered(pixels)[0])
 
@@ -322,6 +358,8 @@ class SVGPipeline:
             if pixels < patch or pixels % patch:
                 nearest = max(round(pixels / patch), 1) * patch
                 raise ValueError(f"{name} {pixels} is not a multiple of the patch size {patch}: choose {nearest}")
+        if settings.tile is not None and settings.tile < 4 * patch:
+            raise ValueError(f"tile is {settings.tile}: decode in squares of at least {4 * patch} pixels a side")
         assemble.check_positions(self.config, max(settings.height, settings.width))
         return settings.height // patch, settings.width // patch
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from data_pipelines.prompts import read_prompts
 from data_pipelines.text import SYSTEM_PROMPTS
 from svg_jax.config import one_sentence
-from svg_jax.flow.solvers import SOLVERS, Solver
+from svg_jax.flow.solvers import LAST_STEPS, SOLVERS, Solver
 from svg_jax.pipeline import Job, Settings, SVGPipeline
 from svg_jax.samples import SampleFolder
 
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Parses, draws what is not there yet, and lists it."""
     options = vars(parser().parse_args(arguments))
     logging.getLogger("svg_jax").setLevel(logging.INFO)
-    with one_sentence(ValueError, OSError, ImportError, MemoryError):
+    with one_sentence():
         prompts = options.pop("prompt")
         for file in options.pop("prompts"):
             prompts = prompts + read_prompts(file)
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         pipe = SVGPipeline.from_checkpoint(checkpoint, **loading)
         every = [pipe.settings(**options, width=width, height=height) for width, height in sizes or [(None, None)]]
-        folder = SampleFolder(out, {**shared(every[0]), "checkpoint": checkpoint, **loading})
+        folder = SampleFolder(out, {**shared(every[0]), **pipe.origin})
         wanted = [Job(prompt, i, j) for i, prompt in enumerate(prompts) for j in range(num_images)][shard::of]
         for settings in every:
             draw(pipe, wanted, settings, folder)
@@ -89,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     add("--num-steps", type=int)
     add("--solver", metavar="NAME", help=f"{', '.join(SOLVERS)}")
     add("--diffusion-form", help="of the sde_ solvers")
-    add("--last-step", help="of the sde_ solvers")
+    add("--last-step", help=f"of the sde_ solvers: {', '.join(LAST_STEPS)}, none")
     add("--guidance-scale", type=float, help="1 is none")
     add("--renorm", type=float, help="limit of the guided norm relative to the conditional one; 0 for none")
     add("--guidance-interval", type=float, nargs=2, metavar=("FROM", "TO"), help="times at which guidance acts")
@@ -99,14 +99,20 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int)
     add("--batch-size", type=int, help="pictures at a time")
     add("--tile", type=int, help="side in pixels of the squares that are decoded one by one; saves memory")
-    add("--shard", metavar="I/N", help="draw every N-th picture from the I-th (from 0); by default one share a host")
+    add(
+        "--shard",
+        metavar="I/N",
+        help="draw every N-th picture from the I-th (from 0); by default one share a process of a jax.distributed job",
+    )
     return flags
 
 
 def solver_of(options: dict[str, Any]) -> str | Solver | None:
     """The solver of the flags, with options where some are given."""
     extra = {name: options.pop(name) for name in ("diffusion_form", "last_step")}
-    given = {name: value for name, value in extra.items() if value is not None}
+    given: dict[str, Any] = {
+        name: None if value == "none" else value for name, value in extra.items() if value is not None
+    }
     if given and not (options["solver"] or "").startswith("sde_"):
         raise ValueError(f"--{next(iter(given)).replace('_', '-')} is for --solver sde_euler and sde_heun")
     return Solver(options["solver"], **given) if given else options["solver"]

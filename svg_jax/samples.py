@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import logging
 import uuid
 from collections.abc import Iterable, Mapping
 from importlib import resources
@@ -18,6 +19,15 @@ from etils import epath
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+logger = logging.getLogger("svg_jax")
+
+UNREADABLE = (
+    UnidentifiedImageError,
+    KeyError,
+    SyntaxError,
+    ValueError,
+    OSError,
+)  # what a damaged PNG makes Pillow raise
 THUMBNAIL = 320  # pixels of the longer side in the gallery
 
 
@@ -43,7 +53,10 @@ class SampleFolder:
             raise PermissionError(f"cannot write pictures to {folder} ({error}): choose another --out") from error
         file = self.folder / "settings.json"
         if file.exists():
-            before = json.loads(file.read_text())
+            try:
+                before = dict(json.loads(file.read_text()))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{file} cannot be read ({error}): choose another --out, or remove it") from error
             for key in sorted({*before, *self.settings}):
                 if before.get(key) != self.settings.get(key):
                     raise ValueError(
@@ -68,7 +81,7 @@ class SampleFolder:
             return False
         try:
             before = _texts(file)["prompt"]
-        except (UnidentifiedImageError, KeyError, SyntaxError, OSError):
+        except UNREADABLE:
             return False  # not ours, or damaged: it is drawn anew
         if before != prompt:
             raise ValueError(
@@ -97,18 +110,23 @@ class SampleFolder:
         listed: list[str] | None = None
         while (names := self._names()) != listed:  # another process may have added some meanwhile
             listed = names
-            entries = [self._entry(name) for name in names]
+            entries = [entry for name in names if (entry := self._entry(name)) is not None]
             _write(self.folder / "data.json", json.dumps(entries, indent=1).encode())
             _write(self.folder / "index.html", self._gallery(entries).encode())
 
     def _names(self) -> list[str]:
         return sorted(f"images/{file.name}" for file in (self.folder / "images").glob("*.png"))
 
-    def _entry(self, name: str) -> dict[str, Any]:
-        texts = _texts(self.folder / name)
-        settings = json.loads(texts["settings"])
+    def _entry(self, name: str) -> dict[str, Any] | None:
+        try:
+            texts = _texts(self.folder / name)
+            settings = json.loads(texts["settings"])
+            prompt = texts["prompt"]
+        except UNREADABLE:
+            logger.warning("%s is damaged, or not drawn by svg_jax.sample: it is not listed", self.folder / name)
+            return None
         return {
-            "caption": texts["prompt"],
+            "caption": prompt,
             "image_url": name,
             "resolution": f"{settings['width']}x{settings['height']}",
             "solver": solver if isinstance(solver := settings["solver"], str) else solver["name"],
@@ -121,7 +139,12 @@ class SampleFolder:
 
         prompts: dict[str, list[dict[str, Any]]] = {}
         for entry in entries:
-            picture = {**entry, "address": _thumbnail(self.folder / entry["image_url"])}
+            try:
+                address = _thumbnail(self.folder / entry["image_url"])
+            except UNREADABLE:  # cut off behind its texts
+                logger.warning("%s is damaged: remove it to have it drawn again", self.folder / entry["image_url"])
+                continue
+            picture = {**entry, "address": address}
             prompts.setdefault(entry["caption"], []).append(picture)
         template = Template(resources.files("svg_jax").joinpath("samples.html.j2").read_text(), autoescape=True)
         return template.render(prompts=prompts, settings=self.settings)
@@ -129,7 +152,9 @@ class SampleFolder:
 
 def _texts(file: epath.Path) -> dict[str, str]:
     with file.open("rb") as stream, Image.open(stream) as image:
-        return {key: str(value) for key, value in getattr(image, "text", {}).items()}
+        return {
+            str(key): str(value) for key, value in image.info.items() if isinstance(value, str)
+        }  # decodes no pixels
 
 
 def _thumbnail(file: epath.Path) -> str:

@@ -52,11 +52,7 @@ def main(config: ConfigDict, workdir: str) -> None:
 
         # Data.
         tokenizer = load_tokenizer(config.text.tokenizer)
-        if tokenizer.vocab_size > config.text.encoder.vocab_size:
-            raise ValueError(
-                f"the tokeniser has {tokenizer.vocab_size} tokens and the text encoder "
-                f"{config.text.encoder.vocab_size}: give both of one model"
-            )
+        assemble.check_tokenizer(config, tokenizer)
         batches = TextToImageBatches(
             open_source(config.data.path, config.data.root),
             tokenizer,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.text import ByteTokenizer
+from data_pipelines.text import FolderTokenizer
 from svg_jax.parallel import make_mesh
 from svg_jax.pipeline import Job, Settings, SVGPipeline
 from tests.tiny import SIDE, write_tiny_weights
@@ -61,8 +61,10 @@ def test_one_device_draws_what_eight_do(weights: Path, pipe: SVGPipeline) -> Non
 
 def test_each_part_is_compiled_once(weights: Path) -> None:
     pipe = SVGPipeline.from_checkpoint(str(weights))
-    for i, steps in enumerate((1, 4, 6)):
-        pipe(["a fox", "a hen"], num_steps=steps, guidance_scale=2.0 + i, shift=1.0 + i, seed=i, num_images=4)
+    for i, (steps, scale) in enumerate([(1, 4.5), (4, 4), (np.int64(6), np.float32(3))]):
+        interval = (0, 1) if i else (0.0, 0.9)
+        options = {"guidance_scale": scale, "shift": 1 + i, "renorm": i, "guidance_interval": interval, "seed": i}
+        pipe(["a fox", "a hen"], num_steps=steps, num_images=4, **options)
     assert {key[0]: function._cache_size() for key, function in pipe._compiled.items()} == {
         "encode_prompts": 1,
         "draw_latents": 1,
@@ -91,13 +93,13 @@ def test_defaults_are_the_released_recipe() -> None:
 
 def test_a_negative_prompt_gets_the_system_prompt_and_an_empty_one_does_not(pipe: SVGPipeline, monkeypatch) -> None:
     seen: list[str] = []
-    encode = ByteTokenizer.encode
+    encode = FolderTokenizer.encode
 
     def spy(self, texts, max_length):
         seen.extend(texts)
         return encode(self, texts, max_length)
 
-    monkeypatch.setattr(ByteTokenizer, "encode", spy)
+    monkeypatch.setattr(FolderTokenizer, "encode", spy)
     pipe("a fox", negative_prompt="hens", system_prompt="base")
     pipe("a fox", system_prompt="base")
     assert any(text.endswith("<Prompt Start> hens") for text in seen)
@@ -151,7 +153,10 @@ def test_compute_type(weights: Path, pipe: SVGPipeline) -> None:
         ({"shift": 0.0}, ValueError, "shift is 0: it must be above zero"),
         ({"seed": -1}, ValueError, "seed is -1"),
         ({"batch_size": 0}, ValueError, "batch_size is 0"),
-        ({"tile": 8}, ValueError, "tile"),
+        ({"tile": 8}, ValueError, "tile is 8: decode in squares of at least 32 pixels"),
+        ({"num_steps": "4"}, ValueError, "num_steps is '4'"),
+        ({"guidance_interval": (0.5,)}, ValueError, r"guidance_interval is \(0\.5,\)"),
+        ({"seed": 1.5}, ValueError, "seed is 1.5"),
         ({"steps": 3}, TypeError, "steps"),
     ],
 )

@@ -1,4 +1,4 @@
-"""From the files of the release to pictures, and to the start of a training run, by the commands that the README gives."""
+"""From the files of the release to pictures, and to the start of a training run, by the README's commands."""
 
 from __future__ import annotations
 

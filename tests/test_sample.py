@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipelines.text import train_word_tokenizer
 from svg_jax import sample
 from svg_jax.flow.solvers import Solver
 from tests.tiny import SIDE, write_tiny_weights
@@ -138,8 +140,21 @@ def test_bad_flags_end_in_one_sentence(weights: Path, tmp_path: Path, more: tupl
 def test_weights_that_are_not_complete(tmp_path: Path) -> None:
     write_tiny_weights(tmp_path)
     (tmp_path / "text_encoder").rename(tmp_path / "away")
-    with pytest.raises(SystemExit, match=r"has a diffusion transformer and no text encoder: .*svg_jax\.convert import FILE"):
+    with pytest.raises(
+        SystemExit, match=r"has a diffusion transformer and no text encoder: .*svg_jax\.convert import FILE"
+    ):
         sample.main(arguments(tmp_path, tmp_path / "out", "--prompt", "a"))
+
+
+def test_a_text_encoder_needs_its_own_tokeniser(weights: Path, tmp_path: Path) -> None:
+    write_tiny_weights(tmp_path)
+    train_word_tokenizer(["a fox"], tmp_path / "large", vocab_size=300)
+    call = arguments(tmp_path, tmp_path / "out", "--prompt", "a")
+    with pytest.raises(SystemExit, match=r"the tokeniser has \d+ tokens and the text encoder 264"):
+        sample.main([*call, "--tokenizer", str(tmp_path / "large")])
+    shutil.rmtree(tmp_path / "text_encoder" / "tokenizer")
+    with pytest.raises(SystemExit, match=r"is given without its tokeniser: .* --tokenizer in sampling"):
+        sample.main(call)
 
 
 def test_out_of_memory_names_the_knobs(weights: Path, tmp_path: Path, monkeypatch) -> None:
@@ -152,8 +167,8 @@ def test_out_of_memory_names_the_knobs(weights: Path, tmp_path: Path, monkeypatc
 
 
 def test_options_of_the_sde_solvers(weights: Path, tmp_path: Path) -> None:
-    options = {"solver": "sde_heun", "diffusion_form": "linear", "last_step": None}
-    assert sample.solver_of(options) == Solver("sde_heun", diffusion_form="linear")
+    options = {"solver": "sde_heun", "diffusion_form": "linear", "last_step": "none"}
+    assert sample.solver_of(options) == Solver("sde_heun", diffusion_form="linear", last_step=None)
     out = tmp_path / "out"
     sample.main(arguments(weights, out, "--prompt", "a", "--solver", "sde_euler", "--diffusion-form", "linear"))
     (entry,) = json.loads((out / "data.json").read_text())

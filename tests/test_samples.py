@@ -74,6 +74,28 @@ def test_a_picture_of_another_prompt_is_left_alone_and_a_damaged_one_drawn_anew(
     assert not folder.holds(name, "a hen")
 
 
+def test_strange_and_damaged_pictures_are_not_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = SampleFolder(str(tmp_path), SETTINGS)
+    name = folder.name(0, 0, 32, 16)
+    folder.save(name, picture(), "a fox", **PLACE)
+    picture().save(tmp_path / "images" / "mine.png")
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    folder.save("images/cut.png", noise, "a fox", **PLACE)
+    whole = (tmp_path / "images" / "cut.png").read_bytes()
+    (tmp_path / "images" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "images" / "none.png").write_bytes(b"")
+    folder.finish()
+    assert name in (tmp_path / "index.html").read_text()
+    assert (tmp_path / "index.html").read_text().count("data:image/jpeg") == 1
+    assert {record.args[0].name for record in caplog.records} == {"mine.png", "cut.png", "none.png"}
+
+
+def test_settings_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(ValueError, match=r"settings\.json cannot be read"):
+        SampleFolder(str(tmp_path), SETTINGS)
+
+
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(PermissionError, match="choose another --out"):

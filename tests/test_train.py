@@ -221,7 +221,7 @@ def test_autoencoder_then_diffusion_then_pictures(
         ({"text.system_prompt": "bse"}, "base"),
         ({"text.max_tokens": 64}, "64 caption positions"),
         ({"data.resolution": 512}, r"a side of \d+ pixels is \d+ tokens and config\.model\.axes_lens allows 16"),
-        ({"text.checkpoint": "gemma"}, r"without config\.text\.tokenizer"),
+        ({"text.checkpoint": "gemma"}, r"without its tokeniser"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(data: Path, tmp_path: Path, overrides, message: str) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import base, tiny_scenes
+from data_pipelines.text import train_word_tokenizer
 from svg_jax import assemble
 from svg_jax.checkpoint import save_params
 from svg_jax.models.gemma2 import Gemma2Config
@@ -53,6 +54,8 @@ def write_tiny_weights(folder: Path, *, seed: int = 0) -> None:
     halves = {name: sizes["autoencoder"][name] for name in ("encoder", "decoder")}
     save_params(str(folder / "dit"), {"ema": dit}, sizes)
     save_params(str(folder / "autoencoder"), {"ema": decoder, "frozen": frozen}, {"autoencoder": halves})
+    captions = ["a fox", "a hen", "two owls"]
+    train_word_tokenizer(captions, folder / "text_encoder" / "tokenizer", config.text.encoder.vocab_size)
     save_params(str(folder / "text_encoder"), {"frozen": text}, {"text": {"encoder": sizes["text"]["encoder"]}})
 
 

@@ -22,12 +22,16 @@ def test_text_files_hold_one_prompt_a_line(tmp_path: Path) -> None:
         ({"prompt": ""}, ""),
         ({"prompt": "a fox", "refined_prompt": "a red fox"}, "a red fox"),
         ({"gpt_4_caption": "a hen", "path": "1.jpg"}, "a hen"),
+        ("half a \ud83e pair", "half a ? pair"),
         ({"prompt": "a line\u2028break"}, "a line\u2028break"),
     ],
 )
 def test_records_in_the_release_form(tmp_path: Path, value: object, prompt: str) -> None:
     lines, whole = tmp_path / "prompts.jsonl", tmp_path / "prompts.json"
-    lines.write_text("\ufeff" + json.dumps(value, ensure_ascii=False) + "\n\n" + json.dumps("last"), encoding="utf-8")
+    lines.write_text(
+        "\ufeff" + json.dumps(value, ensure_ascii="\ud83e" in str(value)) + "\n\n" + json.dumps("last"),
+        encoding="utf-8",
+    )
     whole.write_text(json.dumps([value, "last"]))
     assert read_prompts(lines) == read_prompts(whole) == [prompt, "last"]
 
