@@ -56,15 +56,18 @@ def export_weights(
 
     Raises:
         FileNotFoundError: There is no checkpoint, or not of that part.
-        FileExistsError: There is a `target` already.
-        ValueError: What is there cannot be written so.
+        FileExistsError: There is a `target` already, or, to be replaced, one that is no earlier export.
+        ValueError: What is there cannot be written so, or `target` and `workdir` overlap.
         ImportError: PyTorch's format is wanted, and PyTorch is not installed.
     """
+    formats.check_local(target)
+    _check_apart(workdir, target)
     if target.exists() and not overwrite:
         raise FileExistsError(f"there is {target} already: choose another --to, or replace it with --overwrite")
     config = load_config(workdir)
     model, saved = kinds.restored(config), open_params(workdir)
     origin = config.get("origin", {})
+    _check_replaceable(target, _folder_names(model, origin, epath.Path(workdir) / "tokenizer"))
     if statistics or model.kind == "statistics":
         return _export_statistics(model, saved, target)
     if part is not None and part not in saved:
@@ -78,9 +81,11 @@ def export_weights(
             return [_write(path, target, of(part or "ema"), origin, model)]
         path.mkdir()
         if model.kind == "dit":
-            files = {part: CHECKPOINTS[part]} if part else {p: CHECKPOINTS[p] for p in CHECKPOINTS}
-            if part is None and "folder" in origin:
-                files = {p: name for p, name in files.items() if name in origin["folder"]}
+            files = {p: name for p, name in CHECKPOINTS.items() if p in saved}
+            if part is not None:
+                files = {part: CHECKPOINTS[part]}
+            elif "folder" in origin:
+                files = {p: name for p, name in CHECKPOINTS.items() if name in origin["folder"]}
             lines = [_write(path / name, target / name, of(p), origin, model) for p, name in files.items()]
             _write_model_args(path / MODEL_ARGS, config, model)
             return lines
@@ -89,6 +94,34 @@ def export_weights(
                 f"{workdir} was not imported from a folder of transformers: name a file, {target}.safetensors or .pth"
             )
         return _write_transformers(path, target, of("frozen"), origin, epath.Path(workdir) / "tokenizer", dtype)
+
+
+def _check_apart(workdir: str, target: Path) -> None:
+    """Nothing is written over, into or around what is being read."""
+    one, other = Path(workdir).resolve(), target.resolve()
+    if "://" not in workdir and (one == other or one in other.parents or other in one.parents):
+        raise ValueError(f"{target} and the workdir {workdir} lie one in the other: choose another --to")
+
+
+def _folder_names(model: Model, origin: Mapping[str, Any], tokenizer: epath.Path) -> set[str]:
+    """Every file that an export to a folder may write."""
+    if model.kind == "dit":
+        return {*CHECKPOINTS.values(), MODEL_ARGS}
+    of_tokenizer = [file.name for file in tokenizer.iterdir()] if tokenizer.exists() else []
+    return {*origin.get("texts", {}), *origin.get("shards", {}).values(), *of_tokenizer}
+
+
+def _check_replaceable(target: Path, names: set[str]) -> None:
+    """A file takes the place of a file alone, a folder that of a folder with nothing else in it than `names`."""
+    if not target.exists():
+        return
+    if target.is_dir() == bool(target.suffix):
+        raise FileExistsError(f"{target} is a {'folder' if target.is_dir() else 'file'} already: choose another --to")
+    if target.is_dir() and (others := sorted({path.name for path in target.iterdir()} - names)):
+        raise FileExistsError(
+            f"{target} is not replaced, for it holds what no export writes ({', '.join(others[:3])}): "
+            "choose another --to"
+        )
 
 
 class _Tensors:
@@ -175,14 +208,14 @@ def _write_transformers(
 
 def _export_statistics(model: Model, saved: Mapping[str, SavedParams], target: Path) -> list[str]:
     """As imported; of an autoencoder one row, which the release takes for the last layer's."""
+    if model.kind not in ("statistics", "autoencoder"):
+        raise ValueError(f"a {DESCRIPTIONS[model.kind]} has no latent statistics: name an autoencoder's workdir")
     frozen = saved["frozen"]
     if model.kind == "statistics":
         arrays = {name: frozen[ours] for ours, name in zip(STATISTICS, model.layout.split(","), strict=True)}
-    elif model.kind == "autoencoder":
+    else:
         channels = model.networks["encoder"].dim  # the release itself extends them to Autoencoder-R's
         arrays = {name: frozen[f"latents.{name}"][None, :channels] for name in STATISTICS}
-    else:
-        raise ValueError(f"a {DESCRIPTIONS[model.kind]} has no latent statistics: name an autoencoder's workdir")
     structs = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in arrays.items()}
     if target.suffix not in (*TORCH_SUFFIXES, ".safetensors"):
         raise ValueError(f"{target}: the name of statistics must end in .pt or .safetensors")

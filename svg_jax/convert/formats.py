@@ -36,6 +36,7 @@ SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF1
 TORCH_STORAGES = {"float64": "Double", "float32": "Float", "float16": "Half", "bfloat16": "BFloat16", "bool": "Bool"}
 TORCH_STORAGES |= {"int64": "Long", "int32": "Int", "int16": "Short", "int8": "Char", "uint8": "Byte"}
 ALIGNMENT = 64  # bytes, of tensors in PyTorch's files
+MAX_HEADER = 100 * 10**6  # bytes, of safetensors, by its format
 
 
 class Weights(Mapping[str, np.ndarray]):
@@ -90,7 +91,16 @@ class Content(NamedTuple):
     container: str  # "torch" or "safetensors"
     wrapper: str | None = None  # the key under which the state dict stands
     dropped: tuple[str, ...] = ()  # what else stands in the file
+    others: tuple[str, ...] = ()  # those of them that are state dicts too
     metadata: dict[str, str] | None = None  # of safetensors
+
+
+def check_local(path: Path) -> None:
+    """Refuses an address such as gs://bucket, which would be taken for a folder's name."""
+    if re.match(r"\w\w+:/", str(path)):  # a `Path` makes one slash of two
+        raise ValueError(
+            f"{str(path).replace(':/', '://', 1)} must be a local path here: copy it with the store's tool"
+        )
 
 
 def open_file(path: Path) -> Content:
@@ -119,12 +129,13 @@ def _container(path: Path) -> str:
         raise ValueError(
             f"{path} is a web page, not weights: log in or accept the licence there, and download it again"
         )
-    if start.startswith(b"PK\x03\x04") or start[:1] == b"\x80":
-        return "torch"
-    if len(start) > 8 and start[8:9] == b"{":
-        if 8 + int.from_bytes(start[:8], "little") > size:
+    length = int.from_bytes(start[:8], "little")
+    if start[8:9] == b"{" and length <= MAX_HEADER:  # before pickles, for a length may begin as they do
+        if 8 + length > size:
             raise ValueError(f"{path} is cut off within its header, after {size} bytes: download it again")
         return "safetensors"
+    if start.startswith(b"PK\x03\x04") or start[:1] == b"\x80":
+        return "torch"
     raise ValueError(
         f"{path} holds no weights that are known here (it begins with {start[:8]!r}): .pth, .ckpt, safetensors"
     )
@@ -205,12 +216,13 @@ def _open_torch(path: Path) -> Content:
     torch = import_torch()
     content = load_torch(path)
     wrapper, state = _state_dict(content, path)
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    dropped = [name for name in state if name not in tensors]
-    dropped += [str(key) for key in content if wrapper is not None and key != wrapper]
+    tensors = {k: value for k, value in state.items() if isinstance(k, str) and isinstance(value, torch.Tensor)}
+    dropped = [str(name) for name in state if name not in tensors]
+    beside = {str(key): value for key, value in content.items() if wrapper is not None and key != wrapper}
+    others = tuple(key for key, value in beside.items() if _holds_tensors(value))
     structs = {name: jax.ShapeDtypeStruct(tuple(t.shape), _dtype(t, name, path)) for name, t in tensors.items()}
     reader = _TorchReader(path, wrapper, tensors)
-    return Content(Weights(structs, reader.read), "torch", wrapper, tuple(dropped))
+    return Content(Weights(structs, reader.read), "torch", wrapper, (*dropped, *beside), others)
 
 
 class _TorchReader:
@@ -236,21 +248,23 @@ class _TorchReader:
 
 def _state_dict(content: Any, path: Path) -> tuple[str | None, Mapping[str, Any]]:
     """The tensors by name, and the key under which they stand."""
-    torch = import_torch()
-
-    def tensors(value: Any) -> bool:
-        return isinstance(value, Mapping) and any(
-            isinstance(key, str) and isinstance(x, torch.Tensor) for key, x in value.items()
-        )
-
-    if tensors(content):
-        return None, content
     if isinstance(content, Mapping):
-        inside = [key for key, value in content.items() if tensors(value)]
-        for key in [*(key for key in WRAPPERS if key in inside), *(inside if len(inside) == 1 else [])]:
+        inside = [key for key, value in content.items() if _holds_tensors(value)]
+        wrappers = [key for key in WRAPPERS if key in inside]
+        if not wrappers and _holds_tensors(content):
+            return None, content
+        for key in wrappers or (inside if len(inside) == 1 else []):
             return key, content[key]
         raise ValueError(f"{path} holds no state dict: its keys are {', '.join(map(str, content)) or 'none'}")
     raise ValueError(f"{path} holds one {type(content).__name__} and no state dict")
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Whether it is a state dict: tensors by name."""
+    torch = import_torch()
+    return isinstance(value, Mapping) and any(
+        isinstance(key, str) and isinstance(x, torch.Tensor) for key, x in value.items()
+    )
 
 
 def _dtype(tensor: Any, name: str, path: Path) -> Any:
@@ -375,12 +389,17 @@ def replacing(target: Path) -> Iterator[Path]:
     """A path beside `target`, which takes its place at the end; on an error nothing is left and nothing lost."""
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    before = target.with_name(f".{target.name}.before")
+    if before.is_dir():
+        if target.exists():
+            _remove(before)
+        else:  # stopped between the two renames below
+            before.rename(target)
     try:
         yield beside
-        before = target.with_name(f".{target.name}.{os.getpid()}.before")
-        if target.exists():
+        if beside.is_dir() and target.exists():  # a file is replaced in one step, a folder is not
             target.rename(before)
-        beside.rename(target)
+        os.replace(beside, target)
         _remove(before)
     finally:
         _remove(beside)

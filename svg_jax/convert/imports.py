@@ -13,12 +13,12 @@ import numpy as np
 from etils import epath
 
 from configs import base
-from svg_jax.checkpoint import load_config, open_params, save_params
+from svg_jax.checkpoint import FOLDER, load_config, open_params, save_params
 from svg_jax.convert import kinds
 from svg_jax.convert.formats import Selected, Weights
 from svg_jax.convert.kinds import DESCRIPTIONS, RESIDUAL_CHANNELS, STATISTICS, Model
 from svg_jax.convert.rules import Converted, carried
-from svg_jax.convert.sources import DROPPED, Source, open_source, recognise
+from svg_jax.convert.sources import Source, open_source, recognise
 
 logger = logging.getLogger("svg_jax")
 
@@ -93,8 +93,7 @@ def import_weights(
             )
 
     converted = {kind: _parts(source, model) for kind, (source, model) in opened.items()}
-    _with_latents(root, opened, converted)
-    lines = []
+    lines = _with_latents(root, opened, converted)
     for kind, (source, model) in opened.items():
         with _replacing(root / kind) as folder:
             save_params(str(folder), converted[kind], _config(source, model))
@@ -134,8 +133,8 @@ def _put(few: dict[str, np.ndarray], arrays: Arrays) -> Arrays:
 
 def _with_latents(
     root: epath.Path, opened: Mapping[str, tuple[Source, Model]], converted: dict[str, dict[str, Arrays]]
-) -> None:
-    """Puts the statistics into the autoencoder, whichever of the two is there already."""
+) -> list[str]:
+    """Puts the statistics into the autoencoder, whichever of the two is there already; a line if that one changes."""
     statistics = converted["statistics"]["frozen"] if "statistics" in opened else None
     if "autoencoder" in opened:
         if statistics is None and (root / "statistics").exists():
@@ -152,10 +151,23 @@ def _with_latents(
         parts["frozen"] = _put({"latents.mean": mean, "latents.std": std}, parts["frozen"])
     elif statistics is not None and (root / "autoencoder").exists():
         config, saved = load_config(str(root / "autoencoder")), open_params(str(root / "autoencoder"))
+        if "origin" not in config or _names(root / "autoencoder") != {FOLDER, f"{FOLDER}/0"}:
+            raise ValueError(
+                f"{root / 'autoencoder'} holds more than an import, and only that is given new latent statistics: "
+                "choose another --to"
+            )
         mean, std = latent_statistics(statistics, config["autoencoder"]["decoder"]["z_channels"])
         frozen = _put({"latents.mean": mean, "latents.std": std}, saved["frozen"])
         with _replacing(root / "autoencoder") as folder:
             save_params(str(folder), {**saved, "frozen": frozen}, config)
+        return [f"{root / 'autoencoder'}: its latent statistics are replaced by these"]
+    return []
+
+
+def _names(workdir: epath.Path) -> set[str]:
+    """What lies in a workdir, and its checkpoints."""
+    steps = {f"{FOLDER}/{path.name}" for path in (workdir / FOLDER).iterdir()}
+    return {path.name for path in workdir.iterdir()} | steps
 
 
 def _config(source: Source, model: Model) -> dict[str, Any]:
@@ -188,8 +200,9 @@ def _told(source: Source, model: Model, folder: epath.Path) -> list[str]:
     for reason, names in reasons.items():
         rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
         lines.append(f"  carried for export: {names[0]}{rest} ({reason})")
-    if dropped := source.origin["dropped"]:
-        lines.append(f"  dropped: {', '.join(dropped)} ({DROPPED})")
+    dropped = source.origin["dropped"]
+    for reason in dict.fromkeys(dropped.values()):
+        lines.append(f"  dropped: {', '.join(name for name in dropped if dropped[name] == reason)} ({reason})")
     return lines
 
 

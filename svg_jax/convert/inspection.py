@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from svg_jax.checkpoint import FOLDER, load_config, open_params
-from svg_jax.convert import kinds
+from svg_jax.convert import formats, kinds
 from svg_jax.convert.kinds import DESCRIPTIONS, Model
 from svg_jax.convert.rules import carried
-from svg_jax.convert.sources import open_source
+from svg_jax.convert.sources import DROPPED, open_source
 
 
 def inspect(path: Path) -> list[str]:
@@ -20,6 +20,7 @@ def inspect(path: Path) -> list[str]:
         ValueError: It cannot be read.
         ImportError: It is PyTorch's, which is not installed.
     """
+    formats.check_local(path)
     workdirs = [path / kind for kind in DESCRIPTIONS if (path / kind / FOLDER).is_dir()]
     if (path / FOLDER).is_dir():
         return _inspect_workdir(path)
@@ -41,8 +42,8 @@ def inspect(path: Path) -> list[str]:
         facts["also"] = "the raw weights beside their moving average"
     if kept := carried(structs, model.table):
         facts["carried"] = _some(list(kept))
-    if source.origin["dropped"]:
-        facts["dropped"] = _some(list(source.origin["dropped"]))
+    if dropped := source.origin["dropped"]:
+        facts["dropped"] = _some([n if why == DROPPED else f"{n} (holds weights too)" for n, why in dropped.items()])
     if model.networks:
         facts |= {what: _some(keys) for what, keys in model.differences(structs).items()}
     return _aligned(facts)

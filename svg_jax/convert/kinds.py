@@ -61,7 +61,7 @@ class Model:
     @property
     def size(self) -> str:
         """The published size, or that it is none."""
-        return " + ".join(_size_name(network) or "no published size" for network in self.networks.values())
+        return " + ".join(_size_name(network) or _no_size(network) for network in self.networks.values())
 
     @property
     def sections(self) -> dict[str, Any]:
@@ -133,10 +133,13 @@ def recognise(
             return _encoder(weights, structs, arguments, transformers)
         if kind == "text_encoder":
             return _text_encoder(structs, transformers)
-    except (TypeError, KeyError) as error:
+    except (TypeError, LookupError, ArithmeticError, AttributeError) as error:
         raise ValueError(f"the sizes of the {DESCRIPTIONS[str(kind)]} cannot be told: {error}") from error
     if kind == "statistics":
         names = {ours: next(name for name in theirs if name in structs) for ours, theirs in STATISTICS.items()}
+        mean, std = (tuple(structs[name].shape) for name in names.values())
+        if mean != std or 0 in mean or not mean:
+            raise ValueError(f"latent statistics must be two arrays [layers, channels] alike, and are {mean} and {std}")
         shapes = {ours: jax.ShapeDtypeStruct(structs[name].shape, structs[name].dtype) for ours, name in names.items()}
         return Model("statistics", ",".join(names.values()), {}, (), shapes)
     if kind == "decoder":
@@ -201,14 +204,23 @@ def _size_name(config: Any) -> str | None:
     return next((name for name in SIZES[type(config)] if getattr(type(config), name)(**same) == config), None)
 
 
+def _no_size(config: Any) -> str:
+    """With the depth, so that a missing last layer is seen."""
+    depth = f" ({config.num_layers} layers)" if hasattr(config, "num_layers") else ""
+    return f"no published size{depth}"
+
+
 def _inside(prefix: str, items: Mapping[str, Any]) -> dict[str, Any]:
     return {name.removeprefix(prefix): value for name, value in items.items() if name.startswith(prefix)}
 
 
-def _shape(structs: Mapping[str, Any], name: str) -> tuple[int, ...]:
+def _shape(structs: Mapping[str, Any], name: str, rank: int) -> tuple[int, ...]:
     if name not in structs:
         raise ValueError(f"the weights do not fit: 1 missing: {name}, which tells the size")
-    return tuple(structs[name].shape)
+    shape = tuple(structs[name].shape)
+    if len(shape) != rank:
+        raise ValueError(f"the weights do not fit: {name} has the shape {shape} and should have {rank} axes")
+    return shape
 
 
 def _count(structs: Mapping[str, Any], stack: str) -> int:
@@ -220,14 +232,14 @@ def _count(structs: Mapping[str, Any], stack: str) -> int:
 def _dit(structs: Mapping[str, Any], arguments: Mapping[str, Any] | None) -> Model:
     if arguments is not None:
         return _model("dit", "", {"model": NextDiTConfig.from_release(dict(arguments))})
-    dim, channels = _shape(structs, "x_embedder.weight")
-    hidden = _shape(structs, "layers.0.feed_forward.w1.weight")[0]
+    dim, channels = _shape(structs, "x_embedder.weight", 2)
+    hidden = _shape(structs, "layers.0.feed_forward.w1.weight", 2)[0]
     given: dict[str, Any] = {
         "in_channels": channels,
-        "text_dim": _shape(structs, "cap_embedder.1.weight")[1],
+        "text_dim": _shape(structs, "cap_embedder.1.weight", 2)[1],
         "qk_norm": "layers.0.attention.q_norm.weight" in structs,
     }
-    layers, width = _count(structs, "layers"), _shape(structs, "layers.0.attention.qkv.weight")[0]
+    layers, width = _count(structs, "layers"), _shape(structs, "layers.0.attention.qkv.weight", 2)[0]
     for name in SIZES[NextDiTConfig]:
         config = getattr(NextDiTConfig, name)(**given)
         rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
@@ -238,7 +250,7 @@ def _dit(structs: Mapping[str, Any], arguments: Mapping[str, Any] | None) -> Mod
             "this diffusion transformer is of no published size, and without q and k norms its weights do not tell "
             "its heads: give the release's constructor arguments with --architecture FILE.json"
         )
-    head = _shape(structs, "layers.0.attention.q_norm.weight")[0]
+    head = _shape(structs, "layers.0.attention.q_norm.weight", 1)[0]
     if head % 6:
         raise ValueError(
             f"this diffusion transformer is of no published size, and heads of {head} channels do not split into three "
@@ -256,7 +268,8 @@ def _dit(structs: Mapping[str, Any], arguments: Mapping[str, Any] | None) -> Mod
         **given,
     )
     note = (
-        f"of no published size: axes_dims {config.axes_dims} and patch size 1 are guessed (--architecture tells them)"
+        f"of no published size, with {layers} layers: axes_dims {config.axes_dims} and patch size 1 are guessed "
+        "(--architecture tells them)"
     )
     return _model("dit", "", {"model": config}, (note,))
 
@@ -283,11 +296,11 @@ def _decoder(structs: Mapping[str, Any]) -> DecoderConfig:
     if "conv_in.weight" not in structs or structs["conv_in.weight"].shape[2:] != (3, 3):
         raise ValueError("this autoencoder has another kind of decoder than the published Autoencoder-P: not supported")
     levels = range(_count(structs, "up"))
-    widths = [_shape(structs, f"up.{level}.block.0.conv1.weight")[0] for level in levels]
+    widths = [_shape(structs, f"up.{level}.block.0.conv1.weight", 4)[0] for level in levels]
     channels = math.gcd(*widths)
     return DecoderConfig(
-        z_channels=_shape(structs, "conv_in.weight")[1],
-        out_channels=_shape(structs, "conv_out.weight")[0],
+        z_channels=_shape(structs, "conv_in.weight", 4)[1],
+        out_channels=_shape(structs, "conv_out.weight", 4)[0],
         channels=channels,
         channel_multipliers=tuple(width // channels for width in widths),
         num_res_blocks=_count(structs, "up.0.block") - 1,
@@ -307,20 +320,20 @@ def _encoder(
         return _model("encoder", "transformers", {"encoder": ViTConfig.from_transformers(dict(config))})
     if arguments is not None:
         return _model("encoder", "", {"encoder": ViTConfig.from_release(dict(arguments))})
-    dim, periods = _shape(structs, "cls_token")[-1], _shape(structs, "rope_embed.periods")[0]
+    dim, periods = _shape(structs, "cls_token", 3)[-1], _shape(structs, "rope_embed.periods", 1)[0]
     gated = "blocks.0.mlp.w1.weight" in structs
     last = float(weights["rope_embed.periods"][-1])  # base^((n - 1) / n)
     vit = ViTConfig(
         dim=dim,
         num_layers=_count(structs, "blocks"),
         num_heads=dim // (4 * periods),
-        hidden_dim=_shape(structs, f"blocks.0.mlp.{'w1' if gated else 'fc1'}.weight")[0],
+        hidden_dim=_shape(structs, f"blocks.0.mlp.{'w1' if gated else 'fc1'}.weight", 2)[0],
         gated=gated,
         qkv_bias="blocks.0.attn.qkv.bias" in structs,
         mask_key_bias="blocks.0.attn.qkv.bias" not in structs or "blocks.0.attn.qkv.bias_mask" in structs,
         local_norm="local_cls_norm.weight" in structs,
-        num_storage_tokens=structs["storage_tokens"].shape[1] if "storage_tokens" in structs else 0,
-        patch_size=_shape(structs, "patch_embed.proj.weight")[-1],
+        num_storage_tokens=_shape(structs, "storage_tokens", 3)[1] if "storage_tokens" in structs else 0,
+        patch_size=_shape(structs, "patch_embed.proj.weight", 4)[-1],
         rope_base=float(f"{last ** (periods / (periods - 1)):.4g}") if periods > 1 else 100.0,
     )
     return _model("encoder", "", {"encoder": vit})

@@ -118,7 +118,7 @@ class Converted(Mapping[str, np.ndarray]):
             shapes: As for `to_jax`.
 
         Raises:
-            ValueError: Keys are missing, unexpected or of another shape.
+            ValueError: Keys are missing, unexpected or of another shape, or layers of one stack differ in dtype.
         """
         entries = _entries_of_names(structs, rules) if shapes is None else _entries_of_shapes(shapes, rules)
         keys = [key for entry in entries for layer in entry.keys for key in layer]
@@ -126,6 +126,8 @@ class Converted(Mapping[str, np.ndarray]):
             raise ValueError(f"the table uses a key twice: {sorted(k for k in set(keys) if keys.count(k) > 1)}")
         if problem := report(differences(structs, rules, shapes)):
             raise ValueError(f"the weights do not fit: {problem}")
+        for entry in entries:
+            _check_dtypes(entry, structs)
         self._state_dict = state_dict
         self._entries = {entry.name: entry for entry in entries}
         self._filled: dict[str, Callable[[], np.ndarray]] = {}
@@ -297,26 +299,30 @@ def _fill(pattern: str, words: dict[str, str]) -> str:
     return _WORD.sub(lambda match: words[match[1]], pattern)
 
 
-def _assemble(entry: _Entry, state_dict: Mapping[str, np.ndarray]) -> np.ndarray:
-    def layer_of(keys: tuple[str, ...]) -> np.ndarray:
-        arrays = [state_dict[key] for key in keys]
-        if len(dtypes := {str(array.dtype) for array in arrays}) > 1:
+def _check_dtypes(entry: _Entry, structs: Mapping[str, Any]) -> None:
+    first = str(structs[entry.keys[0][0]].dtype)
+    for keys in entry.keys:
+        dtypes = sorted({str(structs[key].dtype) for key in keys})
+        if len(dtypes) > 1:
+            raise ValueError(f"{', '.join(keys)} are one parameter here and differ in dtype: {', '.join(dtypes)}")
+        if dtypes != [first]:
             raise ValueError(
-                f"{', '.join(keys)} are one parameter here and differ in dtype: {', '.join(sorted(dtypes))}"
+                f"{keys[0]} is {dtypes[0]} and {entry.keys[0][0]} {first}: layers of one stack must be alike"
             )
-        return entry.rule.forward(*arrays)
 
-    layers = map(layer_of, entry.keys)
+
+def _assemble(entry: _Entry, state_dict: Mapping[str, np.ndarray]) -> np.ndarray:
+    layers = (entry.rule.forward(*(state_dict[key] for key in keys)) for keys in entry.keys)
     if not entry.rule.stacked:
         return next(layers)
     stack: np.ndarray | None = None
     for i, layer in enumerate(layers):  # filled in place: the peak is one copy of the stack
         if stack is None:
             stack = np.empty((len(entry.keys), *layer.shape), layer.dtype)
-        if (layer.shape, layer.dtype) != (stack.shape[1:], stack.dtype):
+        if layer.shape != stack.shape[1:]:
             raise ValueError(
-                f"{entry.keys[i][0]} is {layer.dtype}{list(layer.shape)} and {entry.keys[0][0]} "
-                f"{stack.dtype}{list(stack.shape[1:])} in our layout: layers of one stack must be alike"
+                f"{entry.keys[i][0]} is {list(layer.shape)} and {entry.keys[0][0]} {list(stack.shape[1:])} "
+                "in our layout: layers of one stack must be alike"
             )
         stack[i] = layer
     assert stack is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import re
@@ -17,6 +18,7 @@ from svg_jax.convert.kinds import DESCRIPTIONS, Model
 CHECKPOINTS = {"params": "consolidated.00-of-01.pth", "ema": "consolidated_ema.00-of-01.pth"}  # of the release
 MODEL_ARGS = "model_args.pth"
 DROPPED = "a training run's own state, not weights: training here begins its own"
+DROPPED_WEIGHTS = "holds weights too, and one set is imported: save the other as a file of its own to have it"
 TOKENIZER = re.compile(r"(tokenizer.*|special_tokens_map|added_tokens|chat_template.*)\.(json|model|jinja)")
 
 
@@ -40,6 +42,7 @@ def open_source(path: Path) -> Source:
         ValueError: It is something else, or damaged.
         ImportError: It needs PyTorch.
     """
+    formats.check_local(path)
     if not path.is_dir():
         return _source(path, formats.open_file(path))
     if (path / FOLDER).is_dir():
@@ -56,7 +59,8 @@ def open_source(path: Path) -> Source:
 
 def _source(path: Path, content: Content, **more: Any) -> Source:
     origin: dict[str, Any] = {"sources": [path.name], "container": content.container, "wrapper": content.wrapper}
-    origin |= {"metadata": content.metadata, "dropped": dict.fromkeys(content.dropped, DROPPED), **more}
+    dropped = dict.fromkeys(content.dropped, DROPPED) | dict.fromkeys(content.others, DROPPED_WEIGHTS)
+    origin |= {"metadata": content.metadata, "dropped": dropped, **more}
     return Source(path, content.weights, None, origin, None)
 
 
@@ -73,7 +77,10 @@ def _checkpoint_folder(path: Path, found: list[Path]) -> Source:
     source = _source(path, content, folder=[CHECKPOINTS[part] for part in contents])
     source.origin["dropped"] |= others
     if args is not None:
-        source.origin["model_args"] = {key: _plain(value) for key, value in vars(args).items()}
+        values = vars(args) if isinstance(args, argparse.Namespace) else args
+        if not isinstance(values, dict):
+            raise ValueError(f"{path / MODEL_ARGS} must hold arguments by name, and holds one {type(args).__name__}")
+        source.origin["model_args"] = {str(key): _plain(value) for key, value in values.items()}
     return dataclasses.replace(source, raw=contents["params"].weights if len(contents) > 1 else None)
 
 
@@ -83,7 +90,9 @@ def _plain(value: Any) -> Any:
 
 def _transformers_folder(path: Path) -> Source:
     indices = [*path.glob("*.safetensors.index.json"), *path.glob("*.bin.index.json")]
-    weight_map = _json(indices[0])["weight_map"] if indices else {}
+    weight_map = _json(indices[0]).get("weight_map") if indices else {}
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{indices[0]} must say under 'weight_map' in which file each tensor is: download it again")
     files = sorted({path / name for name in weight_map.values()} or path.glob("*.safetensors"))
     files = files or sorted(path.glob("*.bin"))
     if not files:
@@ -119,7 +128,10 @@ def recognise(source: Source, arguments: Mapping[str, Any] | None = None) -> Mod
     """
     kind = kinds.kind_of(source.weights.structs)
     if arguments is not None:
-        whole = arguments.keys() & DESCRIPTIONS.keys()
+        if not isinstance(arguments, Mapping):
+            raise ValueError(f"--architecture must hold an object, {{...}}, and holds {arguments!r}")
+        halves = kind == "autoencoder" and arguments.keys() <= {"encoder", "decoder"}
+        whole = arguments.keys() & DESCRIPTIONS.keys() and not halves
         arguments = arguments.get(str(kind)) if whole else arguments.get("model", arguments)
     try:
         return kinds.recognise(

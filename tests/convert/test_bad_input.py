@@ -18,6 +18,7 @@ import torch
 from safetensors.numpy import save_file
 
 from svg_jax.checkpoint import load_config, open_params
+from svg_jax.convert import formats
 from svg_jax.convert.imports import latent_statistics
 from tests.convert import release
 from tests.convert.release import gemma_config, run, state_dict, tensors, tiny, transformers_folder
@@ -337,3 +338,99 @@ def test_without_pytorch(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     run("export", tmp_path / "in/dit", "--to", tmp_path / "out.safetensors")
     run("export", tmp_path / "in/text_encoder", "--to", tmp_path / "out")
     assert 'pip install "svg_jax[torch]"' in error(capsys, "export", tmp_path / "in/dit", "--to", tmp_path / "out.pth")
+
+
+def test_statistics_leave_a_trained_autoencoder_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"mean": torch.ones(2, 16), "std": torch.ones(2, 16)}, tmp_path / "s.pt")
+    torch.save(tensors(state_dict(tiny("autoencoder"))), tmp_path / "a.ckpt")
+    run("import", tmp_path / "a.ckpt", "--to", tmp_path / "in")
+    (tmp_path / "in/autoencoder/checkpoints/7").mkdir()
+    message = error(capsys, "import", tmp_path / "s.pt", "--to", tmp_path / "in")
+    assert "in/autoencoder holds more than an import" in message
+    assert not (tmp_path / "in/statistics").exists()
+    (tmp_path / "in/autoencoder/checkpoints/7").rmdir()
+    run("import", tmp_path / "s.pt", "--to", tmp_path / "in")
+    assert "in/autoencoder: its latent statistics are replaced" in capsys.readouterr().out
+
+
+def test_an_export_replaces_only_an_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(tensors(state_dict(tiny("dit"))), tmp_path / "w.pth")
+    run("import", tmp_path / "w.pth", "--to", tmp_path / "in")
+    workdir, home = tmp_path / "in/dit", tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.txt").write_text("years of work")
+    assert "holds what no export writes (thesis.txt)" in error(capsys, "export", workdir, "--to", home, "--overwrite")
+    assert (home / "thesis.txt").read_text() == "years of work"
+    for target in (workdir, workdir / "out", tmp_path / "in", tmp_path):
+        assert "lie one in the other" in error(capsys, "export", workdir, "--to", target, "--overwrite")
+    assert "must be a local path" in error(capsys, "export", workdir, "--to", "gs://bucket/x")
+    assert "must be a local path" in error(capsys, "inspect", "gs://bucket/x")
+    (home / "thesis.txt").unlink()
+    run("export", workdir, "--to", home, "--overwrite")
+    run("export", workdir, "--to", home, "--overwrite")
+    assert sorted(file.name for file in home.iterdir()) == ["consolidated_ema.00-of-01.pth", "model_args.pth"]
+    assert "has no latent statistics" in error(
+        capsys, "export", workdir, "--to", tmp_path / "s.pt", "--as", "statistics"
+    )
+
+
+def test_a_replacement_that_was_stopped_between_its_renames_is_undone(tmp_path: Path) -> None:
+    (tmp_path / ".out.before").mkdir()
+    (tmp_path / ".out.before/kept").touch()
+    with pytest.raises(OSError, match="full"), formats.replacing(tmp_path / "out"):
+        raise OSError("full")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["kept"]
+    with formats.replacing(tmp_path / "out") as folder:
+        folder.mkdir()
+    assert not list((tmp_path / "out").iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_matrices_of_another_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = {
+        "dit": ("x_embedder.weight", "layers.0.attention.qkv.weight", "layers.0.attention.q_norm.weight"),
+        "encoder": ("cls_token", "rope_embed.periods", "patch_embed.proj.weight", "norm.weight"),
+        "autoencoder": ("decoder.conv_in.weight", "decoder.conv_out.weight", "encoder.rope_embed.periods"),
+    }
+    for kind, names in wrong.items():
+        for name in names:
+            for value in (np.ones((), np.float32), np.ones((2, 2, 2, 2, 2), np.float32), np.ones((0,), np.float32)):
+                torch.save(tensors(state_dict(tiny(kind)) | {name: value}), tmp_path / "w.pth")
+                assert "w.pth: " in error(capsys, "import", tmp_path / "w.pth", "--to", tmp_path / "in")
+    for shapes in (((), ()), ((2, 16), (16,)), ((0, 16), (0, 16))):
+        content = {name: torch.ones(shape) for name, shape in zip(("mean", "std"), shapes, strict=True)}
+        torch.save(content, tmp_path / "s.pt")
+        assert "must be two arrays" in error(capsys, "import", tmp_path / "s.pt", "--to", tmp_path / "in")
+
+
+def test_files_beside_the_weights_of_another_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(tensors(state_dict(tiny("dit"))), tmp_path / "consolidated.00-of-01.pth")
+    (tmp_path / "a.json").write_text("[]")
+    flags = ("--to", tmp_path / "in", "--architecture", tmp_path / "a.json")
+    assert "--architecture must hold an object" in error(capsys, "import", tmp_path, *flags)
+    torch.save([1], tmp_path / "model_args.pth")
+    message = error(capsys, "import", tmp_path, "--to", tmp_path / "in")
+    assert "model_args.pth must hold arguments by name, and holds one list" in message
+    torch.save({"lr": 1e-4}, tmp_path / "model_args.pth")
+    run("import", tmp_path, "--to", tmp_path / "in")
+    transformers_folder(tmp_path / "hf", state_dict(tiny("text_encoder")), gemma_config(release.GEMMA), shards=2)
+    (tmp_path / "hf/model.safetensors.index.json").write_text('{"weight_map": [1]}')
+    assert "index.json must say under 'weight_map'" in error(capsys, "import", tmp_path / "hf", "--to", tmp_path)
+
+
+def test_layers_of_several_dtypes_fail_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = state_dict(tiny("dit"))
+    state["layers.1.attention.qkv.weight"] = state["layers.1.attention.qkv.weight"].astype(np.float16)
+    torch.save(tensors(state), tmp_path / "w.pth")
+    monkeypatch.delattr("svg_jax.convert.imports.save_params")
+    message = error(capsys, "import", tmp_path / "w.pth", "--to", tmp_path / "in")
+    assert "w.pth: layers.1.attention.qkv.weight is float16 and layers.0.attention.qkv.weight float32" in message
+
+
+def test_the_two_halves_of_an_autoencoder_can_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(tensors(state_dict(tiny("autoencoder"))), tmp_path / "a.ckpt")
+    (tmp_path / "a.json").write_text(json.dumps({"encoder": {"unheard_of": 1}, "decoder": {"unheard_of": 1}}))
+    flags = ("--to", tmp_path / "in", "--architecture", tmp_path / "a.json")
+    assert "cannot be told: 'embed_dim'" in error(capsys, "import", tmp_path / "a.ckpt", *flags)

@@ -66,7 +66,7 @@ def test_sizes_that_nobody_published_are_inferred_and_the_guess_is_told() -> Non
     for size in (*sizes, "in_channels", "text_dim"):
         assert getattr(found.networks["model"], size) == getattr(release.DIT, size), size
     assert "axes_dims (4, 4, 4) and patch size 1 are guessed" in found.notes[0]
-    assert found.size == "no published size"
+    assert found.size == "no published size (3 layers)"
 
 
 @pytest.mark.parametrize("kind", ["dit", "autoencoder", "encoder", "text_encoder", "transformers"])

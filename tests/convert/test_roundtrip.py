@@ -292,3 +292,28 @@ def test_statistics_go_into_the_autoencoder_in_any_order(tmp_path: Path, caplog:
         np.testing.assert_array_equal(saved["frozen"]["latents.std"], np.full(16, 3))
         run("export", tmp_path / first / "autoencoder", "--to", tmp_path / first / "out.ckpt")
         assert_same(tmp_path / first / "out.ckpt", state_dict(tiny("autoencoder")) | carried(), "state_dict")
+
+
+def test_a_header_as_long_as_a_pickle_begins(tmp_path: Path) -> None:
+    """The first byte of a safetensors file, the lowest of its header's length, may be a pickle's first."""
+    shape = (2, 2)
+    for width in range(1, 400):
+        save_file({"n" * width: np.ones(shape, np.float32)}, tmp_path / "w.safetensors")
+        if (tmp_path / "w.safetensors").read_bytes()[:1] == b"\x80":
+            break
+    assert (tmp_path / "w.safetensors").read_bytes()[:1] == b"\x80"
+    content = open_file(tmp_path / "w.safetensors")
+    assert content.container == "safetensors"
+    np.testing.assert_array_equal(content.weights["n" * width], np.ones(shape))
+
+
+def test_weights_beside_other_tensors_and_other_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = (state_dict(tiny("dit"), seed=seed) for seed in (1, 2))
+    content = {"rng": torch.zeros(8, dtype=torch.uint8), "model": tensors(one), "ema": tensors(other), "step": 3}
+    torch.save(content | {"model": {**content["model"], 7: torch.ones(1)}}, tmp_path / "in.pth")
+    run("import", tmp_path / "in.pth", "--to", tmp_path)
+    said = capsys.readouterr().out
+    assert "dropped: ema (holds weights too" in said
+    assert "dropped: 7, rng, step (a training run's own state, not weights" in said
+    run("export", tmp_path / "dit", "--to", tmp_path / "out.pth")
+    assert_same(tmp_path / "out.pth", one, "model")
