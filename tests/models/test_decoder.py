@@ -154,7 +154,7 @@ def test_an_image_of_one_tile_is_decoded_whole(random_decoder: tuple[Network[Dec
 
 
 def test_tiles_need_the_memory_of_one() -> None:
-    config = DecoderConfig(z_channels=6, channels=32, channel_multipliers=(1, 1, 1, 1), num_res_blocks=1)
+    config = DecoderConfig(z_channels=6, channels=32, channel_multipliers=(1, 1, 1, 1, 1), num_res_blocks=0)
     network = Network(lambda rngs: Decoder(config, rngs=rngs))
     z = jax.ShapeDtypeStruct((1, 32, 32, 6), jnp.float32)
 
