@@ -218,7 +218,9 @@ def test_no_checkpoint_says_what_to_do(tmp_path: Path) -> None:
     shapes = structs(SHAPES)
     at = param_shardings(shapes, AXES, make_mesh({"fsdp": 8}))
     for load in (lambda: load_params(str(tmp_path), shapes, at), lambda: load_config(str(tmp_path))):
-        with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*/checkpoints can be read: name the workdir of a training run"):
+        with pytest.raises(
+            FileNotFoundError, match=r"no checkpoint in .*/checkpoints can be read: name the workdir of a training run"
+        ):
             load()
 
 
