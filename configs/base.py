@@ -74,8 +74,25 @@ def get_config() -> ConfigDict:
     config.optim.weight_decay = 0.0  # (released)
     config.optim.clip = 2.0  # (released) global norm of the gradient
     config.optim.ema = 0.95  # (released): a short average; 0.9999 is usual elsewhere
+    config.optim.ema_on_host = False  # keeps the average in the memory of the host
+    config.optim.mu_dtype = placeholder(str)  # of the first moment: "bfloat16" halves it; by default as the parameters
 
-    config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))  # -1: the devices that are left
+    # Devices an axis, see svg_jax/parallel.py; -1: those that are left, `data` and `fsdp` sharing them.
+    config.mesh = ConfigDict(dict(data=-1, fsdp=-1, context=1, tensor=1))
+
+    # Which processes there are. Found out on Cloud TPU, GKE, Slurm and Open MPI; elsewhere to be said to each.
+    config.cluster = ConfigDict()
+    config.cluster.coordinator = placeholder(str)  # "host:port" of process 0
+    config.cluster.num_processes = placeholder(int)
+    config.cluster.process_id = placeholder(int)
+
+    config.guard = ConfigDict()
+    config.guard.max_skipped = 10  # (ours) steps in a row without a finite gradient, after which the run stops
+    config.guard.spike_sigma = 6.0  # (ours) standard deviations above the mean at which a loss is reported; 0: never
+
+    config.profile = ConfigDict()
+    config.profile.start = 0  # step at which a trace begins; 0: never
+    config.profile.steps = 5  # in a trace
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 2000  # steps (released)

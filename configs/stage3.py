@@ -17,6 +17,6 @@ def get_config() -> ConfigDict:
     """Read by `--config`."""
     config = base.get_config()
     config.data.resolution = 1024
-    config.batch_size = 256  # (ours)
+    config.batch_size = 512  # (inferred) as Lumina-Image 2.0 at 1024 px, arXiv 2503.21758
     config.num_train_steps = 150_000  # (ours) see base.py
     return config

@@ -148,6 +148,10 @@ class TextToImageBatches:
             return epoch, place
         return epoch, shuffled_index(place, num_records, self._seed, epoch)
 
+    def records(self, step: int) -> list[int]:
+        """Record index of every slot of a global batch, those of other processes too."""
+        return [self.draw(step * self._batch_size + slot)[1] for slot in range(self._batch_size)]
+
     def _read_image(self, record: Record) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
         try:
             image = images.decode(record.path)

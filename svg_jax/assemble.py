@@ -26,6 +26,7 @@ from svg_jax.models.gemma2 import Gemma2, Gemma2Config
 from svg_jax.models.next_dit import NextDiT, NextDiTConfig
 from svg_jax.models.stand_in import with_cosine_patches
 from svg_jax.models.vit import ViTConfig
+from svg_jax.nn.attention import BACKENDS
 from svg_jax.nn.functional import Network, Params
 from svg_jax.nn.stack import REMAT
 from svg_jax.parallel import param_shardings
@@ -77,12 +78,13 @@ def check(config: ConfigDict, needs: str) -> None:
         positive=(
             "num_train_steps", "batch_size", "micro_batches", "log_every", "checkpoint.keep", "optim.lr", "optim.eps",
             "optim.clip", "statistics.num_images", "text.max_tokens", "sample.num_steps", "sample.shift",
-            "sample.batch_size", "data.max_ratio", "model.num_heads", "model.num_kv_heads",
+            "sample.batch_size", "data.max_ratio", "model.num_heads", "model.num_kv_heads", "guard.max_skipped",
+            "profile.steps",
         ),
         not_negative=(
             "optim.warmup_steps", "optim.weight_decay", "checkpoint.every", "checkpoint.keep_every", "sample.every",
             "data.num_threads", "data.prefetch", "data.caption_dropout", "data.max_bad_fraction",
-            "autoencoder.decoder.num_res_blocks",
+            "autoencoder.decoder.num_res_blocks", "guard.spike_sigma", "profile.start",
         ),
     )  # fmt: skip
     for key in ("b1", "b2", "ema"):
@@ -90,6 +92,7 @@ def check(config: ConfigDict, needs: str) -> None:
             raise ValueError(f"config.optim.{key} is {config.optim[key]}: it must be from 0 to below 1")
     if config.data.path is None:
         raise ValueError('no data: name a .jsonl of {"path": ..., "prompt": ...} with --config.data.path')
+    lookup("dtype", config.optim.mu_dtype or "float32", DTYPES)
     sections = [config.autoencoder.encoder, config.autoencoder.decoder]
     if "model" in config:
         sections += [config.model, config.text.encoder]
@@ -105,6 +108,7 @@ def check(config: ConfigDict, needs: str) -> None:
             )
     for section in sections:
         lookup("dtype", section.dtype, DTYPES)
+        lookup("attention", section.get("attention", "auto"), dict.fromkeys(("auto", *BACKENDS)))
 
 
 def sampling_config(
@@ -275,13 +279,13 @@ def optimiser(config: ConfigDict) -> optax.GradientTransformation:
     values = config.optim.to_dict()
     names = ("lr", "schedule", "warmup_steps")
     schedule = learning_rate(num_train_steps=config.num_train_steps, **{name: values[name] for name in names})
-    return adamw(schedule, **{name: values[name] for name in ("b1", "b2", "eps", "weight_decay", "clip")})
+    return adamw(schedule, **{name: values[name] for name in ("b1", "b2", "eps", "weight_decay", "clip", "mu_dtype")})
 
 
-def placed(state: TrainState, params: dict[str, NamedSharding], mesh: Mesh) -> tuple[TrainState, TrainState]:
-    """The shardings of an abstract state, and the state with them: what jit and a restore are told."""
-    at = state_shardings(state, params, mesh)
-    return at, jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), state, at)
+def placed(state: TrainState, params: dict[str, NamedSharding], mesh: Mesh, *, ema_on_host: bool) -> TrainState:
+    """An abstract state with the shardings that jit and a restore are told."""
+    at = state_shardings(state, params, mesh, ema_memory_kind="pinned_host" if ema_on_host else None)
+    return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), state, at)
 
 
 def shardings(network: Network[Any], mesh: Mesh) -> dict[str, NamedSharding]:

@@ -1,22 +1,32 @@
 """Where arrays live: the device mesh, and one table from logical axes to mesh axes.
 
-Mesh axes: `data` across slices (gradients only), `fsdp` (parameters and batch), `tensor` (heads and hidden units).
+Mesh axes, outermost first:
+
+  data     the batch; parameters are copied. Across slices (slow network), and across one dimension of a slice's torus.
+  fsdp     the batch and the parameters: each kernel is cut, and gathered one layer at a time while it is used.
+  context  the tokens of a sample, between attentions.
+  tensor   heads and hidden units.
+
 Nothing is ever made whole on one device: shapes first, then shardings from here, then a sharded init or restore.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
+TOKENS = PartitionSpec(("data", "fsdp"), "context")
 
 # A dimension that the mesh does not divide stays whole, and `fsdp` then takes the next dimension that it divides.
 RULES: dict[str | None, str | None] = {
@@ -29,26 +39,63 @@ RULES: dict[str | None, str | None] = {
 }
 
 
-def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices; one axis may be -1 and takes what is left.
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices. An axis of -1 takes what is left; `data` and `fsdp` may both be -1, see `two_level`.
+
+    Where the devices are several slices (TPU) or nodes (GPU) and `data` is a multiple of their number, only `data`
+    crosses from one to another.
 
     Raises:
         ValueError: Unknown axes, or sizes that do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = jax.devices() if devices is None else list(devices)
     if unknown := set(sizes) - set(AXES):
         raise ValueError(f"unknown mesh axes {sorted(unknown)}: there are {', '.join(AXES)}")
-    shape = [sizes.get(axis, 1) for axis in AXES]
-    given = math.prod(size for size in shape if size != -1)
-    if shape.count(-1) == 1 and given > 0 and len(devices) % given == 0:
-        shape[shape.index(-1)] = len(devices) // given
+    slices = num_slices(devices)
+    shape = _fill([sizes.get(axis, 1) for axis in AXES], len(devices), slices)
     if math.prod(shape) != len(devices) or min(shape) < 1:
         wanted = ", ".join(f"{axis}={sizes.get(axis, 1)}" for axis in AXES)
         raise ValueError(f"mesh {wanted} does not fit {len(devices)} devices: the sizes must multiply to that number")
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    if slices == 1 or (shape[0] % slices and devices[0].platform != "tpu"):
+        return jax.make_mesh(tuple(shape), AXES, axis_types=types, devices=devices)
+    if shape[0] % slices:
+        raise ValueError(f"mesh data={shape[0]} on {slices} slices: only `data` crosses slices, make it a multiple")
+    within, across = (shape[0] // slices, *shape[1:]), (slices, *(1,) * (len(AXES) - 1))
+    return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=types)
 
 
-def param_spec(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh) -> PartitionSpec:
+def num_slices(devices: Sequence[jax.Device]) -> int:
+    """Groups of devices joined by a fast network: TPU slices, or nodes of GPUs; 1 on CPUs."""
+    if devices[0].platform == "cpu":
+        return 1
+    return len({getattr(device, "slice_index", None) for device in devices})
+
+
+def two_level(devices: int) -> tuple[int, int]:
+    """(data, fsdp) inside one slice: fsdp is the smallest divisor that is at least 8 and the square root.
+
+    Parameters are then gathered along one dimension of a torus: groups that span both dimensions make the compiler
+    all-reduce whole gradients. 256 chips are 16 x 16, 128 are 8 x 16, 64 are 8 x 8, 8 are 1 x 8.
+    """
+    least = min(devices, max(8, math.isqrt(devices - 1) + 1))
+    fsdp = next(size for size in range(least, devices + 1) if devices % size == 0)
+    return devices // fsdp, fsdp
+
+
+def _fill(shape: list[int], devices: int, slices: int) -> list[int]:
+    given = math.prod(size for size in shape if size != -1)
+    if given < 1 or devices % given:
+        return shape
+    if shape[:2] == [-1, -1] and -1 not in shape[2:] and devices % (given * slices) == 0:
+        data, fsdp = two_level(devices // given // slices)
+        return [data * slices, fsdp, *shape[2:]]
+    if shape.count(-1) == 1:
+        return [devices // given if size == -1 else size for size in shape]
+    return shape
+
+
+def param_spec(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The rule table applied to one parameter; vectors are replicated."""
     if sum(axis != "layers" for axis in axes) < 2:
         return PartitionSpec()
@@ -72,6 +119,11 @@ def param_shardings(
     return {name: NamedSharding(mesh, param_spec(shapes[name].shape, axes[name], mesh)) for name in shapes}
 
 
+def shardings_of(arrays: Any) -> Any:
+    """Where the arrays of a tree live, abstract ones too."""
+    return jax.tree.map(lambda array: array.sharding, arrays)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -87,19 +139,55 @@ def batch_multiple(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def constrain_batch(x: Array) -> Array:
-    """Keeps activations split over the batch; does nothing where no mesh is set (`jax.set_mesh`)."""
-    if jax.sharding.get_abstract_mesh().empty or x.shape[0] % _batch_size():
-        return x
-    return jax.lax.with_sharding_constraint(x, BATCH)
-
-
-def _batch_size() -> int:
+def constrain_tokens(x: Array) -> Array:
+    """Keeps activations [batch, tokens, ...] split over both; does nothing where no mesh is set (`jax.set_mesh`)."""
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    if mesh.empty or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return x
+    return jax.lax.with_sharding_constraint(x, BATCH if x.shape[1] % mesh.shape["context"] else TOKENS)
+
+
+def gathered(w: Array, axes: tuple[str | None, ...], dtype: DTypeLike) -> Array:
+    """A parameter as a layer uses it: cast to `dtype`, then whole along `fsdp`; its gradient is scattered likewise.
+
+    Forward, w is cast where it lies and then gathered, so that the wire carries `dtype`. Backward, the gradient is
+    bound to the layout of w before anything else, so that the compiler reduce-scatters it; left to itself it
+    all-reduces whole gradients.
+
+    Args:
+        w: The parameter, without an axis of layers.
+        axes: Its logical axes.
+        dtype: What the layer computes in.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    stored = PartitionSpec() if mesh.empty else param_spec(w.shape, axes, mesh)
+    if "fsdp" not in stored or mesh.shape["fsdp"] == 1:
+        return w.astype(dtype)
+    used = PartitionSpec(*(None if axis == "fsdp" else axis for axis in stored))
+    return _gather(w, stored, used, jax.numpy.dtype(dtype), w.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _gather(w: Array, stored: PartitionSpec, used: PartitionSpec, dtype: DTypeLike, held: DTypeLike) -> Array:
+    w = jax.lax.with_sharding_constraint(w.astype(dtype), stored)
+    return jax.lax.with_sharding_constraint(w, used)
+
+
+def _gather_forward(w: Array, *settings: Any) -> tuple[Array, None]:
+    return _gather(w, *settings), None
+
+
+def _gather_backward(
+    stored: PartitionSpec, used: PartitionSpec, dtype: DTypeLike, held: DTypeLike, _: None, gradient: Array
+) -> tuple[Array]:
+    return (jax.lax.with_sharding_constraint(gradient, stored).astype(held),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def to_devices(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
     """This host's slice of a global batch -> global arrays on the mesh."""
     sharding = batch_sharding(mesh)
-    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+    with jax.transfer_guard_host_to_device("allow"):  # meant, though JAX calls it implicit where a host has a part only
+        return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}

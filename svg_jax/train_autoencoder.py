@@ -21,20 +21,23 @@ from ml_collections import ConfigDict
 from data_pipelines.batches import TextToImageBatches, TooManyBadRecords, make_loader
 from data_pipelines.sources import open_source
 from data_pipelines.text import ByteTokenizer
-from svg_jax import assemble
+from svg_jax import assemble, distributed
 from svg_jax import config as doors
 from svg_jax.checkpoint import Checkpoints, load_config, load_params
+from svg_jax.guards import TooManySkippedSteps
 from svg_jax.loop import device_batch, fit
 from svg_jax.metrics import MetricWriter
 from svg_jax.models.autoencoder import Autoencoder, to_uint8
 from svg_jax.nn.functional import Network, Params
-from svg_jax.parallel import batch_multiple, batch_sharding, make_mesh, replicated
+from svg_jax.parallel import make_mesh, replicated, shardings_of
+from svg_jax.programs import autoencoder_program
 from svg_jax.state import TrainState
-from svg_jax.steps import Moments, autoencoder_step, reconstruct, target_pixels, update_moments
+from svg_jax.steps import Moments, reconstruct, target_pixels, update_moments
 
 logger = logging.getLogger("svg_jax")
 
-TRAINED = "decoder."  # what the names of trained parameters begin with
+STOPPED = (TooManyBadRecords, TooManySkippedSteps)  # what ends a run that no error in the code has ended
+
 PICTURES = 8  # in a grid of input | reconstruction
 
 
@@ -42,14 +45,12 @@ def main(config: ConfigDict, workdir: str) -> None:
     """Trains to `config.num_train_steps`."""
     with doors.one_sentence():
         assemble.check(config, needs="statistics")
+        distributed.initialise(config.cluster)
         mesh = make_mesh(config.mesh)
-        sizes = assemble.autoencoder_config(config.autoencoder)
-        network = Network(lambda rngs: Autoencoder(sizes, rngs=rngs))
-        grid = (config.data.resolution // sizes.encoder.patch_size,) * 2
-        if config.batch_size % batch_multiple(mesh):
-            raise ValueError(
-                f"batch_size {config.batch_size} does not divide over {batch_multiple(mesh)} devices: choose a multiple"
-            )
+        program = autoencoder_program(config, mesh)
+        network = program.networks
+        patch_size = config.autoencoder.encoder.patch_size
+        grid = (config.data.resolution // patch_size,) * 2
 
         # One grid for all images; captions are not read.
         batches = TextToImageBatches(
@@ -57,7 +58,7 @@ def main(config: ConfigDict, workdir: str) -> None:
             ByteTokenizer(),
             batch_size=config.batch_size,
             resolution=config.data.resolution,
-            patch_size=sizes.encoder.patch_size,
+            patch_size=patch_size,
             max_text_tokens=1,
             max_ratio=1.0,
             caption_dropout=1.0,
@@ -65,13 +66,8 @@ def main(config: ConfigDict, workdir: str) -> None:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        optimiser = assemble.optimiser(config)
-
         checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every)
-        params_at = assemble.shardings(network, mesh)
-        create = functools.partial(new_state, optimiser=optimiser, seed=config.seed)
-        state_at, abstract = assemble.placed(jax.eval_shape(create, network.shapes), params_at, mesh)
-        restored = checkpoints.restore(abstract)
+        restored = checkpoints.restore(program.state)
         if restored is not None:
             assemble.check_resumed(config, load_config(workdir))
 
@@ -83,20 +79,12 @@ def main(config: ConfigDict, workdir: str) -> None:
         else:
             with doors.one_sentence():
                 if config.init_from:
-                    params = load_params(config.init_from, network.shapes, params_at)
+                    params = load_params(config.init_from, network.shapes, assemble.shardings(network, mesh))
                 else:
                     params = assemble.load_autoencoder(config.autoencoder, network, mesh)
-                if not config.init_from:
                     params = measure_latents(config, network, params, loader, mesh)
-            state = jax.jit(create, out_shardings=state_at)(params)
+            state = jax.jit(program.create, out_shardings=shardings_of(program.state))(params)
 
-        rows = batch_sharding(mesh)
-        step = jax.jit(
-            autoencoder_step(network, optimiser, ema_decay=config.optim.ema, grid=grid),
-            in_shardings=(state_at, rows),
-            out_shardings=(state_at, replicated(mesh)),
-            donate_argnums=0,
-        )
         examples = device_batch(batches[0], mesh)
         side_by_side = jax.jit(
             lambda params, batch: jnp.concatenate(
@@ -112,20 +100,26 @@ def main(config: ConfigDict, workdir: str) -> None:
             writer = MetricWriter(
                 workdir,
                 total_steps=config.num_train_steps,
-                items_per_step=config.batch_size,
+                items_per_step=program.images,
+                tokens_per_step=program.tokens,
                 start_step=int(state.step),
-                enabled=jax.process_index() == 0,
+                flops_per_step=program.flops,
+                enabled=distributed.is_first(),
             )
         reader = loader(start_step=int(state.step))
-        with checkpoints, writer, contextlib.closing(reader), doors.one_sentence(TooManyBadRecords):
-            fit(step, state, reader, config=config, mesh=mesh, writer=writer, checkpoints=checkpoints, draw=draw)
-
-
-def new_state(params: Params, *, optimiser: object, seed: int) -> TrainState:
-    """The decoder is trained; the encoder and the latent statistics are carried along."""
-    trained = {name: value for name, value in params.items() if name.startswith(TRAINED)}
-    frozen = {name: value for name, value in params.items() if not name.startswith(TRAINED)}
-    return TrainState.create(trained, optimiser, jax.random.key(seed), frozen)
+        with checkpoints, writer, contextlib.closing(reader), doors.one_sentence(*STOPPED):
+            fit(
+                program.jit(),
+                state,
+                reader,
+                config=config,
+                mesh=mesh,
+                writer=writer,
+                checkpoints=checkpoints,
+                draw=draw,
+                preempted=distributed.preempted,
+                records=batches.records,
+            )
 
 
 def measure_latents(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from svg_jax.models.decoder import Decoder, DecoderConfig
@@ -17,7 +19,18 @@ from svg_jax.models.gemma2 import Gemma2, Gemma2Config
 from svg_jax.models.next_dit import NextDiT, NextDiTConfig
 from svg_jax.models.vit import ViT, ViTConfig
 from svg_jax.nn.functional import Network
-from svg_jax.parallel import batch_multiple, constrain_batch, make_mesh, param_shardings, param_spec, to_devices
+from svg_jax.parallel import (
+    AXES,
+    batch_multiple,
+    constrain_tokens,
+    gathered,
+    make_mesh,
+    param_shardings,
+    param_spec,
+    to_devices,
+    two_level,
+)
+from tests.vectors import assert_close
 
 MESH = {"fsdp": 4, "tensor": 2}
 
@@ -25,16 +38,59 @@ MESH = {"fsdp": 4, "tensor": 2}
 @pytest.mark.parametrize(
     ("sizes", "shape"),
     [
-        ({"data": 1, "fsdp": -1, "tensor": 1}, (1, 8, 1)),
-        ({"fsdp": 4, "tensor": 2}, (1, 4, 2)),
-        ({"data": 2, "fsdp": 2, "tensor": -1}, (2, 2, 2)),
-        ({"data": -1}, (8, 1, 1)),
+        ({"data": 1, "fsdp": -1, "tensor": 1}, (1, 8, 1, 1)),
+        ({"fsdp": 4, "tensor": 2}, (1, 4, 1, 2)),
+        ({"data": 2, "fsdp": 2, "tensor": -1}, (2, 2, 1, 2)),
+        ({"data": -1}, (8, 1, 1, 1)),
+        ({"fsdp": 2, "context": -1}, (1, 2, 4, 1)),
+        ({"data": -1, "fsdp": -1, "context": 1, "tensor": 1}, (1, 8, 1, 1)),
+        ({"data": -1, "fsdp": -1, "context": 2}, (1, 4, 2, 1)),
     ],
 )
 def test_mesh_sizes(sizes: dict[str, int], shape: tuple[int, ...]) -> None:
     mesh = make_mesh(sizes)
-    assert dict(mesh.shape) == dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
+    assert dict(mesh.shape) == dict(zip(AXES, shape, strict=True))
     assert batch_multiple(mesh) == shape[0] * shape[1]
+
+
+@pytest.mark.parametrize(
+    ("devices", "sizes"),
+    [(1, (1, 1)), (4, (1, 4)), (8, (1, 8)), (12, (1, 12)), (16, (2, 8)), (64, (8, 8)), (128, (8, 16)), (256, (16, 16))],
+)
+def test_two_levels(devices: int, sizes: tuple[int, int]) -> None:
+    assert two_level(devices) == sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """What a mesh wants to know of a device that is not there: four GPUs a node."""
+
+    id: int
+    platform: str = "gpu"
+    device_kind: str = "NVIDIA H100 80GB HBM3"
+
+    @property
+    def slice_index(self) -> int:
+        return self.id // 4
+
+    process_index = slice_index
+
+
+def test_only_data_crosses_from_node_to_node() -> None:
+    devices: list[Any] = [Node(i) for i in np.random.default_rng(0).permutation(8)]
+    mesh = make_mesh({"data": -1, "fsdp": -1}, devices)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "context": 1, "tensor": 1}
+    for row in mesh.devices.reshape(2, 4):
+        assert len({device.slice_index for device in row}) == 1
+    mesh = make_mesh({"data": 4, "fsdp": 2}, devices)
+    nodes = [[device.slice_index for device in row] for row in mesh.devices.reshape(4, 2)]
+    assert nodes == [[0, 0], [0, 0], [1, 1], [1, 1]]
+
+
+def test_a_parameter_that_would_cross_tpu_slices_is_refused() -> None:
+    devices: list[Any] = [Node(i, platform="tpu", device_kind="TPU v4") for i in range(8)]
+    with pytest.raises(ValueError, match="data=1 on 2 slices: only `data` crosses slices"):
+        make_mesh({"fsdp": 8}, devices)
 
 
 def test_a_mesh_of_some_devices() -> None:
@@ -44,10 +100,11 @@ def test_a_mesh_of_some_devices() -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"model": 8}, r"unknown mesh axes \['model'\]: there are data, fsdp, tensor"),
-        ({"fsdp": 3}, "mesh data=1, fsdp=3, tensor=1 does not fit 8 devices"),
-        ({"fsdp": -1, "tensor": 3}, "fsdp=-1, tensor=3 does not fit 8 devices"),
-        ({"data": -1, "fsdp": -1}, "data=-1, fsdp=-1, tensor=1 does not fit 8 devices"),
+        ({"model": 8}, r"unknown mesh axes \['model'\]: there are data, fsdp, context, tensor"),
+        ({"fsdp": 3}, "mesh data=1, fsdp=3, context=1, tensor=1 does not fit 8 devices"),
+        ({"fsdp": -1, "tensor": 3}, "fsdp=-1, context=1, tensor=3 does not fit 8 devices"),
+        ({"data": -1, "tensor": -1}, "data=-1, fsdp=1, context=1, tensor=-1 does not fit 8 devices"),
+        ({"data": -1, "fsdp": -1, "tensor": 3}, "tensor=3 does not fit 8 devices"),
         ({"fsdp": -1, "tensor": 0}, "tensor=0 does not fit 8 devices"),
         ({"data": -2, "fsdp": -4}, "does not fit 8 devices"),
     ],
@@ -119,11 +176,40 @@ def test_batches_are_split_over_data_and_fsdp() -> None:
 
 
 def test_activations_are_kept_split_where_a_mesh_is_set() -> None:
-    mesh = make_mesh({"fsdp": 4, "tensor": 2})
-    x = jnp.ones((8, 2))
-    assert constrain_batch(x) is x
+    mesh = make_mesh({"fsdp": 4, "context": 2})
+    x = jnp.ones((8, 6, 2))
+    assert constrain_tokens(x) is x
     with jax.set_mesh(mesh):
-        split = jax.jit(lambda x: constrain_batch(x * 2))(x)
-        odd = jax.jit(lambda x: constrain_batch(x * 2))(x[:3])
-    assert split.sharding.shard_shape(split.shape) == (2, 2)
-    assert odd.sharding.shard_shape(odd.shape) == (3, 2)
+        split = jax.jit(lambda x: constrain_tokens(x * 2))(x)
+        odd_tokens = jax.jit(lambda x: constrain_tokens(x * 2))(x[:, :5])
+        odd_batch = jax.jit(lambda x: constrain_tokens(x * 2))(x[:3])
+    assert split.sharding.shard_shape(split.shape) == (2, 3, 2)
+    assert odd_tokens.sharding.shard_shape(odd_tokens.shape) == (2, 5, 2)
+    assert odd_batch.sharding.shard_shape(odd_batch.shape) == (3, 6, 2)
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 4}, {"fsdp": 4, "tensor": 2}], ids=str)
+def test_gradients_of_gathered_kernels_come_back_scattered(sizes: dict[str, int]) -> None:
+    mesh = make_mesh(sizes)
+    axes, batch = ("embed", "mlp"), NamedSharding(mesh, P(("data", "fsdp")))
+    at = NamedSharding(mesh, param_spec((64, 32), axes, mesh))
+    w = jax.device_put(jax.random.normal(jax.random.key(0), (64, 32)), at)
+    x = jax.device_put(jax.random.normal(jax.random.key(1), (8, 64)), batch)
+
+    def loss(w: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(x @ gathered(w, axes, jnp.float32)))
+
+    with jax.set_mesh(mesh):
+        whole = jax.jit(lambda w: gathered(w, axes, jnp.bfloat16), in_shardings=at)(w)
+        gradient = jax.jit(jax.grad(loss), in_shardings=(at, batch))(w, x)
+    assert whole.dtype == jnp.bfloat16
+    assert "fsdp" not in whole.sharding.spec
+    assert whole.sharding.shard_shape(whole.shape) == (64, 32 // mesh.shape["tensor"])
+    assert gradient.sharding.is_equivalent_to(at, 2)
+    assert_close(gradient, 2 * x.T @ (x @ w), 1e-5)
+
+
+def test_where_nothing_is_split_a_kernel_is_only_cast() -> None:
+    w = jnp.ones((4, 4))
+    assert gathered(w, ("embed", "mlp"), jnp.float32) is w
+    assert gathered(w, ("embed", "mlp"), jnp.bfloat16).dtype == jnp.bfloat16

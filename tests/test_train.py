@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -23,13 +23,11 @@ from data_pipelines.batches import TextToImageBatches
 from data_pipelines.scenes import write_scenes
 from data_pipelines.sources import open_source
 from data_pipelines.text import ByteTokenizer
-from svg_jax import assemble, sample, train, train_autoencoder
-from svg_jax.flow.paths import path
+from svg_jax import assemble, programs, sample, train, train_autoencoder
 from svg_jax.loop import device_batch
 from svg_jax.nn.functional import Network
-from svg_jax.parallel import batch_sharding, make_mesh, replicated
+from svg_jax.parallel import make_mesh, shardings_of
 from svg_jax.state import TrainState
-from svg_jax.steps import FlowObjective, text_to_image_step
 
 SMALL = {  # overrides that make a run of seconds
     "batch_size": 8,
@@ -97,34 +95,31 @@ def test_killed_at_any_step_and_started_again_gives_the_same_losses(data: Path, 
     assert [[line[k] for k in exact] for line in killed] == [[line[k] for k in exact] for line in whole]
 
 
-MESHES = ({"fsdp": 1}, {"fsdp": 8}, {"fsdp": 4, "tensor": 2})
+MESHES = (
+    {"fsdp": 1},
+    {"fsdp": 8},
+    {"data": 2, "fsdp": 4},
+    {"fsdp": 4, "tensor": 2},
+    {"data": 2, "fsdp": 2, "context": 2},
+)
 
 
 @pytest.fixture(scope="module")
 def losses_by_mesh(data: Path) -> dict[str, tuple[list[float], TrainState, Any]]:
     """Three steps of the same training on each mesh."""
     config = small_config(data)
-    networks = assemble.networks(config)
-    optimiser = assemble.optimiser(config)
     batches = TextToImageBatches(
         open_source(data), ByteTokenizer(), batch_size=8, resolution=64, patch_size=8, max_text_tokens=16, seed=0
     )
-    objective = FlowObjective(path("Linear"))
     results = {}
     for sizes in MESHES:
-        mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
-        at = assemble.shardings(networks.dit, mesh)
-        create = functools.partial(TrainState.create, optimiser=optimiser, key=jax.random.key(0))
-        state_at, _ = assemble.placed(jax.eval_shape(create, networks.dit.shapes), at, mesh)
-        state = jax.jit(create, out_shardings=state_at)(assemble.fresh(networks.dit, mesh, jax.random.key(0)))
-        frozen = assemble.frozen(config, networks, mesh)
-        frozen_at = jax.tree.map(lambda x: x.sharding, frozen)
+        mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+        program = programs.train_program(config, mesh)
+        params = assemble.fresh(program.networks.dit, mesh, jax.random.key(0))
+        state = jax.jit(program.create, out_shardings=shardings_of(program.state))(params)
+        frozen = assemble.frozen(config, program.networks, mesh)
         with jax.set_mesh(mesh):
-            step = jax.jit(
-                text_to_image_step(networks, objective, optimiser, ema_decay=0.9),
-                in_shardings=(state_at, frozen_at, batch_sharding(mesh)),
-                out_shardings=(state_at, replicated(mesh)),
-            )
+            step = program.jit()
             losses = []
             for i in range(3):
                 state, metrics = step(state, frozen, device_batch(batches[i], mesh))

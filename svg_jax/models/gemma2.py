@@ -20,7 +20,7 @@ from svg_jax.nn.linear import linear, sharded
 from svg_jax.nn.norms import OffsetRMSNorm
 from svg_jax.nn.rotary import axis_table, rotate_halves
 from svg_jax.nn.stack import scan_layers, stacked
-from svg_jax.parallel import constrain_batch
+from svg_jax.parallel import constrain_tokens
 
 EVERYTHING = np.iinfo(np.int32).max  # the window of a layer that looks at all tokens before
 
@@ -45,6 +45,7 @@ class Gemma2Config:
     embedding_std: float = 0.02  # at initialisation
     kernel_std: float = 0.02
     dtype: str = "float32"  # of the linear maps and attention; the residual stream and the norms are float32
+    attention: str = "auto"  # see nn.attention.BACKENDS
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads or self.head_dim % 2:
@@ -145,10 +146,11 @@ class Attention(nnx.Module):
         )
         return rotate_halves(q, *rotary), rotate_halves(k, *rotary), v
 
-    def _mix(self, q: Array, k: Array, v: Array, **mask: Array) -> Array:
+    def _mix(self, q: Array, k: Array, v: Array, **mask: Any) -> Array:
         config = self.config
         scale, cap = config.query_scalar**-0.5, config.attn_logit_softcap
-        mixed = attention(q, k, v, causal=True, scale=scale, logit_softcap=cap, **mask)
+        settings: dict[str, Any] = {"causal": True, "scale": scale, "logit_softcap": cap, "backend": config.attention}
+        mixed = attention(q, k, v, **settings, **mask)
         return self.o_proj(mixed.reshape(*mixed.shape[:2], -1)).astype(jnp.float32)
 
 
@@ -189,7 +191,7 @@ class Layer(nnx.Module):
     def _add(self, x: Array, branch: Array) -> Array:
         x = x + self.post_attention_layernorm(branch)
         x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
-        return constrain_batch(x)
+        return constrain_tokens(x)
 
 
 class TokenEmbedding(nnx.Module):
@@ -289,7 +291,7 @@ class Gemma2(nnx.Module):
             params, window, cache = scanned
             return nnx.merge(graphdef, params).extend(x, (cos, sin), positions, window, cache)
 
-        x = constrain_batch(self.embed_tokens(tokens))
+        x = constrain_tokens(self.embed_tokens(tokens))
         return jax.lax.scan(layer, x, (params, self._windows(), cache))
 
     def next_token(self, x: Float[Array, "batch dim"]) -> Int[Array, " batch"]:
@@ -314,8 +316,17 @@ class Gemma2(nnx.Module):
             jnp.broadcast_to(jnp.asarray(table)[None], (batch, *table.shape))
             for table in axis_table(config.head_dim, length, config.rope_base)
         )
-        x = constrain_batch(self.embed_tokens(tokens))
-        return scan_layers(self.layers, x, (cos, sin), mask, per_layer=(self._windows(),), stop=stop, collect=collect)
+        x = constrain_tokens(self.embed_tokens(tokens))
+        return scan_layers(
+            self.layers,
+            x,
+            (cos, sin),
+            mask,
+            per_layer=(self._windows(),),
+            stop=stop,
+            dtype=config.dtype,
+            collect=collect,
+        )
 
 
 def greedy(

@@ -8,6 +8,7 @@ ratios runs through one compiled program.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -22,7 +23,7 @@ from svg_jax.nn.norms import LayerNorm, RMSNorm
 from svg_jax.nn.patches import token_mask, token_positions
 from svg_jax.nn.rotary import multi_axis, rotate_interleaved
 from svg_jax.nn.stack import scan_layers, stacked
-from svg_jax.parallel import constrain_batch
+from svg_jax.parallel import constrain_tokens
 
 TIME_FREQUENCIES = 256
 MAX_TIME_WIDTH = 1024  # the time embedding, and the input of every modulation
@@ -49,6 +50,7 @@ class NextDiTConfig:
     patch_size: int = 1  # features a side that make one token
     dtype: str = "float32"  # of the computation; parameters are float32
     remat: str = "none"  # see nn.stack.REMAT
+    attention: str = "auto"  # see nn.attention.BACKENDS
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads or self.num_heads % self.num_kv_heads:
@@ -135,7 +137,7 @@ class Attention(nnx.Module):
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate_interleaved(q, *rotary), rotate_interleaved(k, *rotary)
-        return self.out(attention(q, k, v, valid=valid).reshape(x.shape))
+        return self.out(attention(q, k, v, valid=valid, backend=self.config.attention).reshape(x.shape))
 
 
 class FeedForward(nnx.Module):
@@ -183,7 +185,7 @@ class Block(nnx.Module):
             x = x + jnp.tanh(gate1) * self.attention_norm2(branch)
             branch = self.feed_forward(self.ffn_norm1(x) * (1 + scale2))
             x = x + jnp.tanh(gate2) * self.ffn_norm2(branch)
-        return constrain_batch(x)
+        return constrain_tokens(x)
 
 
 class TimestepEmbedder(nnx.Module):
@@ -296,14 +298,15 @@ class NextDiT(nnx.Module):
 
         time = self.t_embedder(t)
         text = sequence(self.cap_embedder, text.astype(dtype))
-        image = constrain_batch(self.x_embedder(x.astype(dtype)))
-        text, _ = scan_layers(self.context_refiner, text, text_rotary, text_mask, remat=config.remat)
-        image, _ = scan_layers(self.noise_refiner, image, image_rotary, image_mask, time, remat=config.remat)
+        image = constrain_tokens(self.x_embedder(x.astype(dtype)))
+        run = functools.partial(scan_layers, remat=config.remat, dtype=config.dtype)
+        text, _ = run(self.context_refiner, text, text_rotary, text_mask)
+        image, _ = run(self.noise_refiner, image, image_rotary, image_mask, time)
 
         # Attention sees positions and a mask, not an order: padding between text and image changes nothing.
         joint = jnp.concatenate([text, image], axis=1)
         valid = jnp.concatenate([text_mask, image_mask], axis=1)
-        joint, _ = scan_layers(self.layers, joint, (cos, sin), valid, time, remat=config.remat)
+        joint, _ = run(self.layers, constrain_tokens(joint), (cos, sin), valid, time)
         return self.final_layer(joint[:, text_tokens:], time).astype(jnp.float32)
 
 
@@ -324,21 +327,3 @@ def sequence(layers: nnx.List[Any], x: Array) -> Array:
     for layer in layers:
         x = layer(x)
     return x
-
-
-def forward_flops(config: NextDiTConfig, image_tokens: int, text_tokens: int) -> float:
-    """Floating-point operations of one sample's forward pass: two a multiply-add, matrix products only.
-
-    A block of width d on s tokens: 2 s d (h + 2 h_kv) d_head + 2 s d^2 for the projections, 4 s^2 d for attention,
-    6 s d m for the feed-forward layers of hidden width m.
-    """
-    dim, both = config.dim, image_tokens + text_tokens
-    projections = 2 * dim * (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    feed_forward = 6 * dim * config.hidden_dim
-
-    def blocks(count: int, tokens: int) -> float:
-        return count * (tokens * (projections + feed_forward) + 4 * tokens**2 * dim)
-
-    embeddings = 2 * text_tokens * config.text_dim * dim + 4 * image_tokens * config.token_channels * dim
-    refiners = blocks(config.num_refiner_layers, text_tokens) + blocks(config.num_refiner_layers, image_tokens)
-    return float(embeddings + refiners + blocks(config.num_layers, both))

@@ -22,7 +22,7 @@ from svg_jax.nn.norms import LayerNorm
 from svg_jax.nn.patches import patchify, token_mask, token_positions
 from svg_jax.nn.rotary import rotate_halves
 from svg_jax.nn.stack import scan_layers, stacked
-from svg_jax.parallel import constrain_batch
+from svg_jax.parallel import constrain_tokens
 
 INIT = nnx.initializers.truncated_normal(0.02)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -48,6 +48,7 @@ class ViTConfig:
     layer_scale: float = 1e-5  # at initialisation
     norm_eps: float = 1e-5
     dtype: str = "float32"  # of the linear maps and attention; the residual stream and the norms are float32
+    attention: str = "auto"  # see nn.attention.BACKENDS
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads or self.head_dim % 4:
@@ -182,7 +183,7 @@ class Attention(nnx.Module):
     """Self-attention; patches are rotated, class and storage tokens are not (their angle is 0)."""
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
-        self.num_heads = config.num_heads
+        self.num_heads, self.backend = config.num_heads, config.attention
         if config.qkv_bias and config.mask_key_bias:
             self.qkv: nnx.Module = MaskedBiasLinear(config, rngs=rngs)
         else:
@@ -201,7 +202,7 @@ class Attention(nnx.Module):
         qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         q, k = rotate_halves(q, *rotary), rotate_halves(k, *rotary)
-        return self.proj(attention(q, k, v, valid=valid).reshape(x.shape))
+        return self.proj(attention(q, k, v, valid=valid, backend=self.backend).reshape(x.shape))
 
 
 class MLP(nnx.Module):
@@ -252,7 +253,7 @@ class Block(nnx.Module):
 
     def __call__(self, x: Array, rotary: tuple[Array, Array], valid: Array) -> Array:
         x = x + self.ls1(self.attn(self.norm1(x), rotary, valid))
-        return constrain_batch(x + self.ls2(self.mlp(self.norm2(x))))
+        return constrain_tokens(x + self.ls2(self.mlp(self.norm2(x))))
 
 
 class PatchEmbed(nnx.Module):
@@ -336,7 +337,7 @@ class ViT(nnx.Module):
     ) -> ViTOutput:
         """All tokens after the last norm; arguments as for calling."""
         x, rotary, valid = self.embed(patches, grid, mask)
-        x, _ = scan_layers(self.blocks, x, rotary, valid)
+        x, _ = scan_layers(self.blocks, x, rotary, valid, dtype=self.config.dtype)
         return self.split(self.norm(x))
 
     def hidden_states(
@@ -347,7 +348,7 @@ class ViT(nnx.Module):
     ) -> Float[Array, "states batch sequence dim"]:
         """The whole sequence before the first block and after each, not normalised; arguments as for calling."""
         x, rotary, valid = self.embed(patches, grid, mask)
-        _, states = scan_layers(self.blocks, x, rotary, valid, collect=True)
+        _, states = scan_layers(self.blocks, x, rotary, valid, dtype=self.config.dtype, collect=True)
         assert states is not None
         return jnp.concatenate([x[None], states])
 
@@ -383,7 +384,7 @@ class ViT(nnx.Module):
         pad = ((0, 0), (front.shape[1], 0))
         angles = jnp.pad(self.rope_embed(grid, tokens), (*pad, (0, 0)))
         valid = jnp.pad(mask, pad, constant_values=True)
-        return constrain_batch(x), (jnp.cos(angles), jnp.sin(angles)), valid
+        return constrain_tokens(x), (jnp.cos(angles), jnp.sin(angles)), valid
 
     def split(self, x: Float[Array, "batch sequence dim"]) -> ViTOutput:
         """A sequence into its three kinds of tokens."""

@@ -8,17 +8,34 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from svg_jax.nn.linear import sharded
+from svg_jax.parallel import gathered
 
 Layer = TypeVar("Layer", bound=nnx.Module)
 
-# What the backward pass recomputes, from nothing to all of a layer.
-REMAT: dict[str, Callable[..., bool] | None] = {
-    "none": None,
+LAYER_INPUT = "layer_input"
+
+
+def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name != "sharding_constraint"
+
+
+# What the backward pass recomputes, from nothing to all of a layer. Gathered kernels are never kept: they would lie in
+# memory whole, every layer's, so that even "none" gathers them again.
+REMAT: dict[str, Callable[..., Any]] = {
+    "none": _all_but_gathered,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keeps matrix products, recomputes the rest
     "full": jax.checkpoint_policies.nothing_saveable,  # keeps the input of each layer only
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # keeps that in the memory of the host
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -41,6 +58,7 @@ def scan_layers(
     per_layer: tuple[Array, ...] = (),
     stop: int | None = None,
     remat: str = "none",
+    dtype: DTypeLike | None = None,
     collect: bool = False,
 ) -> tuple[Array, Array | None]:
     """x <- layer_i(x, *args, *per_layer[i]) for i = 0 .. stop - 1.
@@ -52,6 +70,7 @@ def scan_layers(
         per_layer: Arrays whose leading axis is the layer.
         stop: How many layers to run, all by default; the others cost nothing.
         remat: A key of `REMAT`.
+        dtype: What kernels are cast to before they are gathered, see `parallel.gathered`; None leaves them as they are.
         collect: Also return every layer's output, [stop, ...].
     """
     if remat not in REMAT:
@@ -60,10 +79,11 @@ def scan_layers(
     length = jax.tree.leaves(params)[0].shape[0]
 
     def layer(x: Array, params: Any, extra: tuple[Array, ...]) -> Array:
-        return nnx.merge(graphdef, params)(x, *args, *extra)
+        x = checkpoint_name(x, LAYER_INPUT)
+        return nnx.merge(graphdef, _gathered(params, dtype))(x, *args, *extra)
 
-    if (policy := REMAT[remat]) is not None:
-        layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)  # inside a scan nothing is shared to begin with
+    # Inside a scan nothing is shared to begin with, so nothing keeps the compiler from undoing the recomputation.
+    layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=False)
 
     def step(x: Array, scanned: Any) -> tuple[Array, Array | None]:
         x = layer(x, *scanned)
@@ -76,3 +96,14 @@ def scan_layers(
         return step(x, jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, i, keepdims=False), (params, per_layer)))
 
     return jax.lax.scan(step_at, x, jnp.arange(stop))
+
+
+def _gathered(params: Any, dtype: DTypeLike | None) -> Any:
+    """One layer's parameters as it uses them; vectors lie everywhere as they are."""
+    flat = []
+    for path, variable in nnx.to_flat_state(params):
+        axes, value = variable.get_metadata().get("out_sharding")[1:], variable.get_value()
+        if len(axes) > 1:
+            variable = variable.replace(gathered(value, axes, dtype or value.dtype))
+        flat.append((path, variable))
+    return nnx.from_flat_state(flat)

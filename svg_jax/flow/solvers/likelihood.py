@@ -47,8 +47,8 @@ def log_likelihood(
     """The log density, in nats, of each sample under the flow that carries standard normal noise along `velocity`.
 
     The divergence is Hutchinson's estimate, the mean of εᵀ (∂v/∂x) ε over probes that stay the same during the
-    integration: without bias, and one derivative along ε each. Without keys it is exact, at one derivative a
-    dimension: for a few dimensions only.
+    integration: without bias, and one backward pass each. Without keys it is exact, at one backward
+    pass a dimension: for a few dimensions only.
 
     Args:
         velocity: velocity(x, t); samples must not see one another.
@@ -70,7 +70,8 @@ def log_likelihood(
             return jnp.where(valid, velocity(x, t).astype(jnp.float32), 0.0)
 
         def along(probe: State) -> tuple[State, Float[Array, " batch"]]:
-            v, derivative = jax.jvp(field, state[:1], (probe,))
+            v, pull_back = jax.vjp(field, state[0])  # fused attention can be differentiated in this direction only
+            (derivative,) = pull_back(probe)
             return v, _sum(probe * derivative)
 
         velocities, divergences = jax.lax.map(along, probes)

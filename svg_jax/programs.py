@@ -1,0 +1,261 @@
+"""What a config and a mesh make of the functions in `steps`: one jitted program each, and the arrays it takes.
+
+Nothing is allocated here. Training jits exactly these, and `svg_jax.aot` compiles them for chips that are not there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from data_pipelines.images import token_budget
+from svg_jax import assemble
+from svg_jax.chips import compiler_options
+from svg_jax.config import from_config
+from svg_jax.flow.paths import path
+from svg_jax.flow.solvers import Solver
+from svg_jax.flow.times import resolution_shift
+from svg_jax.models import flops
+from svg_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from svg_jax.models.gemma2 import Gemma2Config
+from svg_jax.models.next_dit import NextDiTConfig
+from svg_jax.nn.functional import Network, Params
+from svg_jax.parallel import batch_multiple, batch_sharding, replicated, shardings_of
+from svg_jax.state import TrainState
+from svg_jax.steps import (
+    FlowObjective,
+    Frozen,
+    Networks,
+    Sampling,
+    autoencoder_step,
+    decode_latents,
+    draw_latents,
+    encode_prompts,
+    text_to_image_step,
+)
+
+Trained = TypeVar("Trained", Networks, Network[Autoencoder])
+TRAINED = "decoder."  # what the names of an autoencoder's trained parameters begin with
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A function and the abstract arrays, with shardings, that it takes and gives."""
+
+    function: Callable[..., Any]
+    arguments: tuple[PyTree, ...]
+    out_shardings: PyTree
+    images: int  # a call
+    tokens: int  # a call, of image and text
+    flops: float  # a call: of the model, forward and backward, without recomputation
+    donates: bool = True  # the first argument
+    compiler_options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of these chips
+
+    def jit(self, function: Callable[..., Any] | None = None) -> Any:
+        """The function, or one that wraps it, jitted; call and lower it under `jax.set_mesh`."""
+        return jax.jit(
+            function or self.function,
+            in_shardings=shardings_of(self.arguments),
+            out_shardings=self.out_shardings,
+            donate_argnums=0 if self.donates else (),
+            compiler_options=self.compiler_options or None,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Training(Program, Generic[Trained]):
+    """The program of a training run, and what makes its first state."""
+
+    networks: Trained = dataclasses.field(kw_only=True)
+    create: Callable[[Params], TrainState] = dataclasses.field(kw_only=True)
+
+    @property
+    def state(self) -> TrainState:
+        """The abstract train state."""
+        return self.arguments[0]
+
+
+def train_program(config: ConfigDict, mesh: Mesh) -> Training[Networks]:
+    """One update of the diffusion transformer: (state, frozen, batch) -> (state, metrics).
+
+    Raises:
+        ValueError: The config is inconsistent, or its batch does not divide over the mesh.
+    """
+    check_batch(config.batch_size, config.micro_batches, mesh)
+    networks = assemble.networks(config)
+    image_tokens = token_budget(config.data.resolution, config.autoencoder.encoder.patch_size)
+    text_tokens = config.text.max_tokens
+    optimiser = assemble.optimiser(config)
+    shift = resolution_shift(image_tokens) if config.flow.shift else 1.0
+    objective = FlowObjective(path(config.flow.path), config.flow.times, config.flow.mu, shift)
+    step = text_to_image_step(
+        networks, objective, optimiser, ema_decay=config.optim.ema, micro_batches=config.micro_batches
+    )
+    train_key = jax.random.split(jax.random.key(config.seed))[1]
+    create = functools.partial(TrainState.create, optimiser=optimiser, key=train_key)
+    params_at = assemble.shardings(networks.dit, mesh)
+    state = assemble.placed(
+        jax.eval_shape(create, networks.dit.shapes), params_at, mesh, ema_on_host=config.optim.ema_on_host
+    )
+    batch = abstract_batch(config.batch_size, image_tokens, text_tokens, 3 * config.autoencoder.encoder.patch_size**2)
+    model, encoder, text = sizes_of(config)
+    sample_flops = flops.text_to_image_step(model, encoder.encoder, text, image_tokens, text_tokens)
+    return Training(
+        step,
+        (state, abstract_frozen(config, networks, mesh), _placed(batch, batch_sharding(mesh))),
+        (shardings_of(state), replicated(mesh)),
+        images=config.batch_size,
+        tokens=config.batch_size * (image_tokens + text_tokens),
+        flops=sample_flops * config.batch_size,
+        compiler_options=compiler_options(mesh.devices.flat[0].device_kind),
+        networks=networks,
+        create=create,
+    )
+
+
+def autoencoder_program(config: ConfigDict, mesh: Mesh) -> Training[Network[Autoencoder]]:
+    """One update of the decoder: (state, batch) -> (state, metrics).
+
+    Raises:
+        ValueError: The config is inconsistent, or its batch does not divide over the mesh.
+    """
+    check_batch(config.batch_size, 1, mesh)
+    sizes = assemble.autoencoder_config(config.autoencoder)
+    network = Network(lambda rngs: Autoencoder(sizes, rngs=rngs))
+    side = config.data.resolution // sizes.encoder.patch_size
+    optimiser = assemble.optimiser(config)
+    create = functools.partial(_autoencoder_state, optimiser=optimiser, seed=config.seed)
+    params_at = assemble.shardings(network, mesh)
+    state = assemble.placed(
+        jax.eval_shape(create, network.shapes), params_at, mesh, ema_on_host=config.optim.ema_on_host
+    )
+    batch = abstract_batch(config.batch_size, side * side, 1, 3 * sizes.encoder.patch_size**2)
+    return Training(
+        autoencoder_step(network, optimiser, ema_decay=config.optim.ema, grid=(side, side)),
+        (state, _placed(batch, batch_sharding(mesh))),
+        (shardings_of(state), replicated(mesh)),
+        images=config.batch_size,
+        tokens=config.batch_size * side * side,
+        flops=flops.autoencoder_step(sizes, (side, side)) * config.batch_size,
+        compiler_options=compiler_options(mesh.devices.flat[0].device_kind),
+        networks=network,
+        create=create,
+    )
+
+
+def sample_program(config: ConfigDict, mesh: Mesh) -> Program:
+    """Prompts to pictures of `config.data.resolution`: (transformer, frozen, tokens, num_tokens, places, key) -> uint8.
+
+    `tokens` holds `config.sample.batch_size` prompts, then as many negative ones. All networks in their compute type.
+
+    Raises:
+        ValueError: The config is inconsistent, or its batch does not divide over the mesh.
+    """
+    batch, length = config.sample.batch_size, config.text.max_tokens
+    check_batch(batch, 1, mesh)
+    networks = assemble.networks(config)
+    side = config.data.resolution // config.autoencoder.encoder.patch_size
+    grid, solver, sampling = (side, side), Solver(config.sample.solver), Sampling(num_steps=config.sample.num_steps)
+
+    def draw(dit: Params, frozen: Frozen, tokens: Any, num_tokens: Any, places: Any, key: Any) -> Any:
+        text = encode_prompts(networks.text, frozen["text"], tokens, num_tokens)
+        z = draw_latents(networks.dit, dit, text, num_tokens, places, key, sampling, grid=grid, solver=solver)
+        return decode_latents(networks.autoencoder, frozen["autoencoder"], z, grid=grid)
+
+    rows = batch_sharding(mesh)
+    held = assemble.in_compute_type(networks.dit, {"": config.model.dtype})
+    integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32, sharding=rows)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    model, autoencoder, text = sizes_of(config)
+    picture_flops = 2 * (
+        config.sample.num_steps * flops.next_dit(model, side * side, length) + flops.gemma2_features(text, length)
+    ) + flops.decoder(autoencoder.decoder, grid)
+    return Program(
+        draw,
+        (
+            _placed(held, assemble.shardings(networks.dit, mesh)),
+            abstract_frozen(config, networks, mesh, decodes=True),
+            integers((2 * batch, length)),
+            integers((2 * batch,)),
+            integers((batch, 2)),
+            jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh)),
+        ),
+        rows,
+        images=batch,
+        tokens=batch * (side * side + length),
+        flops=picture_flops * batch,
+        donates=False,
+        compiler_options=compiler_options(mesh.devices.flat[0].device_kind),
+    )
+
+
+def sizes_of(config: ConfigDict) -> tuple[NextDiTConfig, AutoencoderConfig, Gemma2Config]:
+    """Of the three networks of a text-to-image config."""
+    text = from_config(Gemma2Config, config.text.encoder)
+    return assemble.dit_config(config.model), assemble.autoencoder_config(config.autoencoder), text
+
+
+def check_batch(batch_size: int, micro_batches: int, mesh: Mesh) -> None:
+    """A batch must divide into micro-batches, and each of these over the mesh.
+
+    Raises:
+        ValueError: It does not; the message says of what it must be a multiple.
+    """
+    multiple = micro_batches * batch_multiple(mesh)
+    if batch_size % multiple:
+        parts = f" in {micro_batches} micro-batches" if micro_batches > 1 else ""
+        raise ValueError(
+            f"batch_size {batch_size}{parts} does not divide over {batch_multiple(mesh)} devices: "
+            f"choose a multiple of {multiple}"
+        )
+
+
+def abstract_batch(size: int, image_tokens: int, text_tokens: int, pixels: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a global `steps.Batch`."""
+    return {
+        "patches": jax.ShapeDtypeStruct((size, image_tokens, pixels), jnp.uint8),
+        "grid": jax.ShapeDtypeStruct((size, 2), jnp.int32),
+        "tokens": jax.ShapeDtypeStruct((size, text_tokens), jnp.int32),
+        "num_tokens": jax.ShapeDtypeStruct((size,), jnp.int32),
+    }
+
+
+def abstract_frozen(config: ConfigDict, networks: Networks, mesh: Mesh, *, decodes: bool = False) -> Frozen:
+    """The frozen networks as `assemble.frozen` loads them from checkpoints.
+
+    Args:
+        config: The config.
+        networks: Its networks.
+        mesh: Where they lie.
+        decodes: Whether the decoder is held in its compute type too, as for drawing.
+    """
+    encoder, decoder = config.autoencoder.encoder.dtype, config.autoencoder.decoder.dtype
+    autoencoder = {"encoder.": encoder, **({"decoder.": decoder} if decodes else {})}
+
+    def shapes(network: Network[Any], dtypes: dict[str, str]) -> Params:
+        return _placed(assemble.in_compute_type(network, dtypes), assemble.shardings(network, mesh))
+
+    return Frozen(
+        autoencoder=shapes(networks.autoencoder, autoencoder),
+        text=shapes(networks.text, {"": config.text.encoder.dtype}),
+    )
+
+
+def _autoencoder_state(params: Params, *, optimiser: Any, seed: int) -> TrainState:
+    """The decoder is trained; the encoder and the latent statistics are carried along."""
+    trained = {name: value for name, value in params.items() if name.startswith(TRAINED)}
+    frozen = {name: value for name, value in params.items() if not name.startswith(TRAINED)}
+    return TrainState.create(trained, optimiser, jax.random.key(seed), frozen)
+
+
+def _placed(shapes: Any, at: NamedSharding | dict[str, NamedSharding]) -> Any:
+    places = jax.tree.map(lambda _: at, shapes) if isinstance(at, NamedSharding) else at
+    return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places)
