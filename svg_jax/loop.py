@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,14 +14,24 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from data_pipelines.batches import BadRecordCounter
-from svg_jax.checkpoint import Checkpoints
+from svg_jax.checkpoint import Checkpoints, newest_step
+from svg_jax.distributed import EXIT_PREEMPTED
+from svg_jax.guards import Guards
 from svg_jax.metrics import MetricWriter
 from svg_jax.parallel import to_devices
-from svg_jax.state import TrainState
+from svg_jax.profiling import HostClock, Trace
+from svg_jax.state import TrainState, on_device
 
 logger = logging.getLogger("svg_jax")
 
 ARRAYS = ("patches", "grid", "tokens", "num_tokens")  # of a host's batch, what goes to the devices
+
+
+class Preempted(SystemExit):
+    """The machines are about to be taken away, and the state is saved; the launchers start the same command again."""
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_PREEMPTED)
 
 
 def fit(
@@ -32,49 +44,101 @@ def fit(
     writer: MetricWriter,
     checkpoints: Checkpoints,
     draw: Callable[[TrainState], list[np.ndarray]] | None = None,
+    preempted: Callable[[int], bool] | None = None,
+    records: Callable[[int], Sequence[int]] = lambda step: (),
 ) -> TrainState:
     """Runs `step` from `state.step` to `config.num_train_steps`, and saves at the end whatever the interval.
 
-    The host never waits for the device: losses are read a log interval late, and nothing is copied implicitly
-    (transfer guard).
+    The host never waits for the device: what a step says of itself is read a log interval late, and nothing is copied
+    implicitly (transfer guard). Before a save the host waits anyway, and judges all that ran: so a checkpoint is
+    never made of a run that should have stopped.
 
     Args:
         step: (state, batch) -> (state, metrics), jitted, donating the state.
         state: Where to begin.
         batches: Host batches from `state.step` on.
-        config: `num_train_steps`, `batch_size`, `log_every`, `checkpoint`, `sample.every`, `data.max_bad_fraction`.
+        config: `num_train_steps`, `batch_size`, `log_every`, `checkpoint`, `sample.every`, `data.max_bad_fraction`,
+            `guard`, `profile`.
         mesh: Where batches go.
         writer: Gets scalars and pictures.
         checkpoints: Gets states.
-        draw: Pictures of the present state, every `config.sample.every` steps and at the end.
+        draw: Pictures of the present state, its average on the devices, every `config.sample.every` steps and at the
+            end.
+        preempted: Whether the machines are about to be taken away, after so many updates; the same answer everywhere.
+        records: Which records the global batch of a step holds.
+
+    Raises:
+        Preempted: The machines are about to be taken away, and the state is saved.
+        TooManySkippedSteps: Nothing was finite for `config.guard.max_skipped` steps in a row.
+        TooManyBadRecords: More records than `config.data.max_bad_fraction` cannot be read.
     """
     start, stop = int(jax.device_get(state.step)), config.num_train_steps
-    bad = BadRecordCounter(config.data.max_bad_fraction, min_records=min(1000, 10 * config.batch_size))
-    truncated = 0
-    for done in range(start + 1, stop + 1):  # counts finished updates
-        host = next(batches)
-        bad.update(host["num_bad"], len(host["grid"]))
+    guards = Guards(
+        max_skipped=config.guard.max_skipped,
+        spike_sigma=config.guard.spike_sigma,
+        bad=BadRecordCounter(config.data.max_bad_fraction, min_records=min(1000, 10 * config.batch_size)),
+        batch_size=config.batch_size,
+        records=records,
+        report=writer.spike,
+        newest=lambda: _newest(checkpoints),
+    )
+    folder = checkpoints.folder.parent / "profile"
+    trace = Trace(folder, **config.profile, first=start, last=stop, enabled=writer.enabled)
+    clock = HostClock()
+
+    @contextlib.contextmanager
+    def held_up(phase: str) -> Iterator[None]:
+        """Around what the run waits for: first the devices finish, and it is no part of the throughput."""
+        guards.judge(all_steps=True)
+        with writer.untimed(), clock.phase(phase):
+            yield
+
+    logged, captions, truncated = start, 0, 0
+    for done in range(start + 1, stop + 1):  # counts finished steps
+        with clock.phase("data_wait"):
+            host = next(batches)
+        captions += len(host["grid"])
         truncated += host["num_truncated"]
-        with jax.transfer_guard("disallow"):
+        with trace.before(done - 1), jax.transfer_guard("disallow"):
             state, metrics = step(state, device_batch(host, mesh))
+        guards.add(done - 1, metrics)
+        if trace.ends(done - 1):
+            with held_up("trace"):
+                trace.stop()
 
         if done % config.log_every == 0 or done == stop:
-            writer.scalars(
-                done - 1, {**metrics, "data/bad_fraction": bad.fraction, "data/truncated_captions": truncated}
-            )
+            guards.judge(all_steps=done == stop)
+            # As of the line before, but for the last one; of the captions, those that this process read.
+            data = {"data/bad_fraction": guards.bad.fraction, "data/truncated_fraction": truncated / captions}
+            writer.scalars(done - 1, {**metrics, **data, **clock.line(done - logged)})
+            logged = done
         if draw is not None and _due(done, stop, config.sample.every):
-            with writer.untimed():
-                writer.pictures(done - 1, "samples", draw(state))
+            with held_up("sample"):
+                writer.pictures(done - 1, "samples", draw(dataclasses.replace(state, ema=on_device(state.ema))))
         if done == stop:
-            bad.judge()
-        if done == stop or _due(done, stop, config.checkpoint.every):
-            with writer.untimed():
+            guards.bad.judge()
+        told = preempted is not None and preempted(done)  # asked at every step: it is true at one of them only
+        if told or done == stop or _due(done, stop, config.checkpoint.every):
+            with held_up("checkpoint"):
                 checkpoints.save(state, {"step": done}, config.to_dict())
+        if told and done < stop:
+            checkpoints.wait()
+            logger.warning("preempted: saved after step %d; the same command goes on from there", done)
+            raise Preempted
+    bad = guards.bad
     if start >= stop:
         logger.info("nothing to do: %d steps are done, and config.num_train_steps is %d", start, stop)
     else:
         logger.info("finished %d steps; broken records skipped: %d of %d", stop, bad.num_bad, bad.num_records)
     return state
+
+
+def _newest(checkpoints: Checkpoints) -> int | None:
+    checkpoints.wait()
+    try:
+        return newest_step(str(checkpoints.folder.parent))
+    except FileNotFoundError:
+        return None
 
 
 def device_batch(host: Mapping[str, Any], mesh: Mesh) -> Any:

@@ -1,8 +1,8 @@
 """What a run writes down about itself: scalars, picture grids and progress.
 
-A workdir gets `metrics.jsonl` (one JSON object a line), TensorBoard event files of the same scalars in `events/`, and
-picture grids in `samples/`. The device waits for none of it: values are handed over as JAX arrays, and a background
-thread reads them once they are computed.
+A workdir gets `metrics.jsonl` (one JSON object a line), TensorBoard event files of the same scalars in `events/`,
+picture grids in `samples/`, and `spikes.jsonl` with the steps whose loss jumped. The device waits for none of it:
+values are handed over as JAX arrays, and a background thread reads them once they are computed.
 """
 
 from __future__ import annotations
@@ -29,26 +29,14 @@ from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-Pictures = Sequence[UInt8[np.ndarray, "height width 3"]]
+from svg_jax import chips
 
-# Dense bfloat16 FLOPs per second of one JAX device, by `device_kind`. TPU: "peak compute per chip" on Google Cloud's
-# page for each version; JAX sees a TPU7x chip as two devices. GPU: NVIDIA's data sheets, without sparsity.
-PEAK_FLOPS_PER_SECOND = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,  # v5e
-    "TPU v5": 459e12,  # v5p
-    "TPU v6 lite": 918e12,  # v6e
-    "TPU7x": 2307e12 / 2,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
+Pictures = Sequence[UInt8[np.ndarray, "height width 3"]]
 
 
 def peak_flops(devices: Sequence[jax.Device]) -> float | None:
-    """Peak bfloat16 FLOPs per second of `devices`, all of one kind; None for a kind not in the table, as a CPU."""
-    peak = PEAK_FLOPS_PER_SECOND.get(devices[0].device_kind)
+    """Peak bfloat16 FLOPs per second of `devices`, all of one kind; None for a kind that `chips` lacks, as a CPU."""
+    peak = chips.peak_flops(devices[0].device_kind)
     return None if peak is None else peak * len(devices)
 
 
@@ -78,14 +66,15 @@ class MetricWriter:
     """Writes the scalars, pictures and progress of one run; a context manager.
 
     A step's number is its index, from 0; a run that resumes at `start_step` takes that step next. What was written at
-    or after it is dropped from `metrics.jsonl` and hidden from TensorBoard, so that both read as one run never
+    or after it is dropped from the `.jsonl` files and hidden from TensorBoard, so that both read as one run never
     interrupted. Call `flush` before each checkpoint: no later process rewrites a line lost before it.
 
     Progress goes to stderr: a bar if that is a terminal, else a line each time scalars are written.
-    `metrics.jsonl` is strict JSON: a value that is not finite is the string "NaN", "Infinity" or "-Infinity", which
+    The `.jsonl` files are strict JSON: a value that is not finite is the string "NaN", "Infinity" or "-Infinity", which
     `float()` reads. To the given scalars each line but a process's first (which would count compilation) adds
 
       images_per_second = images in the steps since the line before / seconds from its values' being ready to this one's
+      tokens_per_second = the same of tokens, if `tokens_per_step` is given
       mfu               = flops_per_step / seconds per step / peak_flops(all devices), if that is known
 
     Args:
@@ -93,7 +82,8 @@ class MetricWriter:
       total_steps: the step at which the run ends.
       items_per_step: images in one global batch.
       start_step: the first step of this process.
-      flops_per_step: model FLOPs of one step on the global batch, forward and backward, without recomputation.
+      flops_per_step: model FLOPs of one step on the global batch, see `svg_jax.models.flops`.
+      tokens_per_step: image and text tokens of one global batch.
       enabled: false on every process but the first; then every method returns at once.
     """
 
@@ -105,10 +95,12 @@ class MetricWriter:
         items_per_step: int,
         start_step: int = 0,
         flops_per_step: float | None = None,
+        tokens_per_step: int | None = None,
         enabled: bool = True,
     ) -> None:
         self.total_steps = total_steps
         self.items_per_step = items_per_step
+        self.tokens_per_step = tokens_per_step
         self.enabled = enabled
         if not enabled:
             return
@@ -123,9 +115,8 @@ class MetricWriter:
         self._folder = Path(tempfile.mkdtemp()) if self._remote else Path(workdir)
         try:
             (self._folder / "samples").mkdir(parents=True, exist_ok=True)
-            before = (self._remote or self._folder) / "metrics.jsonl"
-            lines = before.read_bytes().decode(errors="replace").splitlines() if before.exists() else []
-            self._jsonl = _open_jsonl(self._folder / "metrics.jsonl", lines, start_step)
+            self._jsonl = _open_jsonl(self._folder, "metrics.jsonl", self._remote or self._folder, start_step)
+            self._spikes = _open_jsonl(self._folder, "spikes.jsonl", self._remote or self._folder, start_step)
             unique = f".{time.time_ns()}"  # the name's own time is in seconds, and a file of the same name is replaced
             self._events = SummaryWriter(str(self._folder / "events"), purge_step=start_step, filename_suffix=unique)
             self._sync()
@@ -155,6 +146,11 @@ class MetricWriter:
         if self.enabled:
             self._submit(self._write_pictures, step, name, image_grid(images, columns))
 
+    def spike(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes a line of `spikes.jsonl`: numbers, and lists of them."""
+        if self.enabled:
+            self._submit(_write_line, self._spikes, step, dict(values))
+
     @contextlib.contextmanager
     def untimed(self) -> Iterator[None]:
         """Keeps what happens inside (saving, sampling) out of the throughput; the step's scalars come before it."""
@@ -179,6 +175,7 @@ class MetricWriter:
         finally:
             self._worker.shutdown()
             self._jsonl.close()
+            self._spikes.close()
             self._events.close()
             self._bar.close()
             if self._remote is not None:
@@ -201,13 +198,14 @@ class MetricWriter:
         if self._last is not None and step > self._last[0]:
             seconds_per_step = (ready - self._last[1]) / (step - self._last[0])
             record["images_per_second"] = self.items_per_step / seconds_per_step
+            if self.tokens_per_step is not None:
+                record["tokens_per_second"] = self.tokens_per_step / seconds_per_step
             if self._ideal_seconds_per_step is not None:
                 record["mfu"] = self._ideal_seconds_per_step / seconds_per_step
         self._last = step, ready
         for name, value in record.items():
             self._events.add_scalar(name, value, step)
-        strict = {name: value if math.isfinite(value) else json.dumps(value) for name, value in record.items()}
-        self._jsonl.write(json.dumps({"step": step, **strict}) + "\n")
+        _write_line(self._jsonl, step, record)
         self._show_progress(step + 1, record)
         if time.time() - self._synced > 60:
             self._sync()
@@ -248,10 +246,19 @@ def _flatten(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             yield from ((f"{name}/{i}", float(entry)) for i, entry in enumerate(value) if not np.isnan(entry))
 
 
-def _open_jsonl(path: Path, lines: Sequence[str], start_step: int) -> TextIO:
-    """Replaces `path`, in one move, by those of `lines` that are of steps before `start_step`; opens it to append."""
-    kept = []
-    for line in lines:
+def _write_line(file: TextIO, step: int, values: Mapping[str, Any]) -> None:
+    """One object of strict JSON, which knows no NaN."""
+    strict = {k: json.dumps(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    file.write(json.dumps({"step": step, **strict}) + "\n")
+
+
+def _open_jsonl(folder: Path, name: str, before: Path | epath.Path, start_step: int) -> TextIO:
+    """Begins a file with those lines of the one in `before` that are of steps before `start_step`; opens it to append.
+
+    The old file is replaced in one move.
+    """
+    path, old, kept = folder / name, before / name, []
+    for line in old.read_bytes().decode(errors="replace").splitlines() if old.exists() else []:
         with contextlib.suppress(ValueError, TypeError, KeyError):  # the last line of a killed process may be cut off
             if json.loads(line)["step"] < start_step:
                 kept.append(line + "\n")

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from svg_jax.nn.functional import Params
 from svg_jax.parallel import replicated
@@ -21,9 +21,10 @@ SCHEDULES = ("constant", "linear", "cosine")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """`step` counts finished updates; the randomness of a step is `fold_in(key, step)`.
+    """`step` counts finished steps; the randomness of a step is `fold_in(key, step)`.
 
-    `frozen` is what belongs to the model without being trained, such as the encoder of an autoencoder.
+    `frozen` is what belongs to the model without being trained, such as the encoder of an autoencoder. `skipped` counts
+    the steps that changed nothing because they were not healthy: in all, and in a row up to now.
     """
 
     step: Int[Array, ""]
@@ -32,6 +33,7 @@ class TrainState:
     opt_state: optax.OptState
     key: PRNGKeyArray
     frozen: Params
+    skipped: Int[Array, "2"]
 
     @classmethod
     def create(
@@ -43,15 +45,44 @@ class TrainState:
     ) -> TrainState:
         """Before the first step; the average starts at the parameters."""
         ema = jax.tree.map(jnp.copy, params)
-        return cls(jnp.zeros((), jnp.int32), params, ema, optimiser.init(params), key, frozen or {})
+        zero = jnp.zeros((), jnp.int32)
+        return cls(zero, params, ema, optimiser.init(params), key, frozen or {}, jnp.zeros((2,), jnp.int32))
 
-    def apply(self, grads: Params, optimiser: optax.GradientTransformation, ema_decay: float) -> TrainState:
-        """One update: p <- p + optimiser(grads); ema <- d ema + (1 - d) p."""
+    def apply(
+        self,
+        grads: Params,
+        optimiser: optax.GradientTransformation,
+        ema_decay: float,
+        *,
+        healthy: Bool[Array, ""] | bool = True,
+    ) -> TrainState:
+        """One update: p <- p + optimiser(grads); ema <- d ema + (1 - d) p.
+
+        Unless it is `healthy`: then parameters, average and moments (the count of Adam's bias correction too) stay as
+        they are, bit for bit, and only `step` goes on, so that the next step has other data and other randomness. An
+        average that lives in host memory comes to the device for this and goes back.
+        """
+        healthy = jnp.asarray(healthy)
         with jax.numpy_dtype_promotion("standard"):  # Optax raises floats to the power of integer counts
             updates, opt_state = optimiser.update(grads, self.opt_state, self.params)
         params = optax.apply_updates(self.params, updates)
-        ema = jax.tree.map(lambda e, p: ema_decay * e + (1.0 - ema_decay) * p, self.ema, params)
-        return TrainState(self.step + 1, params, ema, opt_state, self.key, self.frozen)
+        before = on_device(self.ema)
+        ema = jax.tree.map(lambda e, p: ema_decay * e + (1.0 - ema_decay) * p, before, params)
+        # A select and not a branch: it fuses into the update, and costs no pass over memory of its own.
+        params, opt_state, ema = jax.tree.map(
+            lambda new, old: jnp.where(healthy, new, old),
+            (params, opt_state, ema),
+            (self.params, self.opt_state, before),
+        )
+        ema = jax.tree.map(lambda e, old: jax.device_put(e, jax.typeof(old).memory_space), ema, self.ema)
+        total, in_a_row = self.skipped[0], self.skipped[1]
+        skipped = jnp.where(healthy, jnp.stack([total, jnp.zeros_like(in_a_row)]), self.skipped + 1)
+        return TrainState(self.step + 1, params, ema, opt_state, self.key, self.frozen, skipped)
+
+
+def on_device(params: Params) -> Params:
+    """Parameters in the memory of their devices, where arithmetic happens; those already there stay as they are."""
+    return jax.tree.map(lambda p: jax.device_put(p, jax.memory.Space.Device), params)
 
 
 def learning_rate(*, lr: float, schedule: str, warmup_steps: int, num_train_steps: int) -> optax.Schedule:
@@ -70,19 +101,53 @@ def learning_rate(*, lr: float, schedule: str, warmup_steps: int, num_train_step
 
 
 def adamw(
-    schedule: optax.Schedule, *, b1: float, b2: float, eps: float, weight_decay: float, clip: float
+    schedule: optax.Schedule,
+    *,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    clip: float,
+    mu_dtype: str | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) on gradients whose global norm is clipped."""
+    """AdamW (arXiv 1711.05101) on gradients whose global norm is clipped.
+
+    Args:
+        schedule: Learning rate by update.
+        b1: Decay of the first moment.
+        b2: Decay of the second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Multiplied by the learning rate.
+        clip: Largest global norm.
+        mu_dtype: In which the first moment is kept, such as "bfloat16"; by default that of the parameters. The second
+            one, with its range of squares and its slow decay, stays as the parameters are.
+    """
     return optax.chain(
-        optax.clip_by_global_norm(clip), optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+        optax.clip_by_global_norm(clip),
+        optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mu_dtype=mu_dtype),
     )
 
 
-def state_shardings(state: TrainState, params: Mapping[str, NamedSharding], mesh: Mesh) -> TrainState:
-    """Where an (abstract) state lives: whatever has a parameter's name lives with it, the rest everywhere."""
+def state_shardings(
+    state: TrainState,
+    params: Mapping[str, NamedSharding],
+    mesh: Mesh,
+    *,
+    ema_memory_kind: str | None = None,
+) -> TrainState:
+    """Where an (abstract) state lives: whatever has a parameter's name lives with it, the rest everywhere.
+
+    Args:
+        state: Shapes.
+        params: Where each parameter lives.
+        mesh: Of the devices.
+        ema_memory_kind: "pinned_host" keeps the average in the memory of the hosts, sharded as the parameters are: 4
+            bytes a parameter less on the devices, for moving them to the device and back each step.
+    """
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        return params[names[-1]] if names and names[-1] in params and leaf.ndim else replicated(mesh)
+        at = params[names[-1]] if names and names[-1] in params and leaf.ndim else replicated(mesh)
+        return at.with_memory_kind(ema_memory_kind) if ema_memory_kind and path[0].name == "ema" else at
 
     return jax.tree_util.tree_map_with_path(place, state)

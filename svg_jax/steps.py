@@ -116,8 +116,8 @@ def text_to_image_step(
         scale = 1.0 / jnp.maximum(metrics["valid"], 1.0)
         grads = jax.tree.map(lambda g: g * scale, grads)
         by_time = metrics["bin_sums"] / metrics["bin_counts"]  # NaN where no time fell
-        metrics = {"loss": metrics["loss"] * scale, "grad_norm": optax.tree.norm(grads), "loss_by_time": by_time}
-        return state.apply(grads, optimiser, ema_decay), metrics
+        state, health = update(state, grads, metrics["loss"] * scale, batch, optimiser, ema_decay)
+        return state, {**health, "loss_by_time": by_time}
 
     return step
 
@@ -141,9 +141,34 @@ def autoencoder_step(
             return batch_mean(jnp.mean(error, axis=(1, 2, 3)), valid)
 
         value, grads = jax.value_and_grad(loss)(state.params)
-        return state.apply(grads, optimiser, ema_decay), {"loss": value, "grad_norm": optax.tree.norm(grads)}
+        return update(state, grads, value, batch, optimiser, ema_decay)
 
     return step
+
+
+def update(
+    state: TrainState,
+    grads: Params,
+    loss: Float[Array, ""],
+    batch: Batch,
+    optimiser: optax.GradientTransformation,
+    ema_decay: float,
+) -> tuple[TrainState, Metrics]:
+    """Applies the gradient, unless it or the loss is not finite: then the step is skipped.
+
+    The metrics are what `svg_jax.guards` judges, over the global batch and so the same on every process. A finite norm
+    says that every entry of the gradient is finite, and its square too; so no parameter, moment or average ever takes a
+    value that is not.
+    """
+    norm = optax.tree.norm(grads)  # clipping asks for the same, and XLA computes it once
+    state = state.apply(grads, optimiser, ema_decay, healthy=jnp.isfinite(loss) & jnp.isfinite(norm))
+    return state, {
+        "loss": loss,
+        "grad_norm": norm,
+        "skipped_steps": state.skipped[0],
+        "skipped_in_a_row": state.skipped[1],
+        "bad_records": jnp.sum(batch["grid"][:, 0] == 0, dtype=jnp.int32),
+    }
 
 
 def reconstruct(

@@ -137,8 +137,8 @@ def test_throughput_counts_what_the_device_takes(tmp_path: Path, monkeypatch: py
     clock = Clock()
     still = types.SimpleNamespace(perf_counter=lambda: clock.now, time=time.time, time_ns=time.time_ns)
     monkeypatch.setattr(metrics, "time", still)
-    monkeypatch.setitem(metrics.PEAK_FLOPS_PER_SECOND, jax.devices()[0].device_kind, 100.0)
-    with writer(tmp_path, flops_per_step=40.0) as run:
+    monkeypatch.setattr(metrics.chips, "peak_flops", lambda device_kind: 100.0)
+    with writer(tmp_path, flops_per_step=40.0, tokens_per_step=30) as run:
         run.scalars(0, {"loss": Pending(lambda: clock.move_to(30.0))})  # compilation: not counted
         run.scalars(2, {"loss": Pending(lambda: clock.move_to(30.5))})
         with run.untimed():
@@ -148,6 +148,7 @@ def test_throughput_counts_what_the_device_takes(tmp_path: Path, monkeypatch: py
     assert set(first) == {"step", "loss"}
     for record in others:  # a step takes 0.25 s
         assert record["images_per_second"] == 4 / 0.25
+        assert record["tokens_per_second"] == 30 / 0.25
         assert record["mfu"] == pytest.approx(40.0 / 0.25 / (100.0 * jax.device_count()))
 
 
@@ -157,6 +158,18 @@ def test_mfu_is_left_out_on_a_device_of_unknown_peak(tmp_path: Path) -> None:
         run.scalars(0, {"loss": 1.0})
         run.scalars(1, {"loss": 1.0})
     assert "mfu" not in read_jsonl(tmp_path)[1]
+
+
+def test_spikes_are_lines_of_their_own_file_and_a_resumed_run_keeps_those_before(tmp_path: Path) -> None:
+    with writer(tmp_path) as run:
+        run.spike(1, {"loss": float("nan"), "records": [3, 5]})
+        run.spike(4, {"loss": 9.5, "records": [7]})
+    with writer(tmp_path, start_step=3) as run:
+        run.spike(5, {"loss": 8.5, "records": []})
+    assert [json.loads(line) for line in (tmp_path / "spikes.jsonl").read_text().splitlines()] == [
+        {"step": 1, "loss": "NaN", "records": [3, 5]},
+        {"step": 5, "loss": 8.5, "records": []},
+    ]
 
 
 def test_plain_lines_off_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,6 +242,7 @@ def test_workdir_that_cannot_be_written_is_one_clear_sentence(tmp_path: Path) ->
 def test_nothing_is_written_where_not_enabled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with writer(tmp_path / "run", enabled=False) as run, run.untimed():
         run.scalars(0, {"loss": 1.0})
+        run.spike(0, {"loss": 1.0})
         run.pictures(0, "ema", [np.zeros((2, 2, 3), np.uint8)])
         run.flush()
     assert not (tmp_path / "run").exists()

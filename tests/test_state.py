@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from svg_jax.nn.functional import Params
 from svg_jax.parallel import make_mesh, param_shardings, replicated
-from svg_jax.state import TrainState, adamw, learning_rate, state_shardings
+from svg_jax.state import TrainState, adamw, learning_rate, on_device, state_shardings
 from tests.vectors import assert_close
 
 HYPER = {"b1": 0.9, "b2": 0.95, "eps": 1e-15, "weight_decay": 0.1, "clip": 2.0}
@@ -131,3 +131,60 @@ def test_moments_live_with_their_parameters() -> None:
     state = jax.jit(create, out_shardings=state_at)(random_params(0))
     moment = optax.tree_utils.tree_get(state.opt_state, "nu")["layer.kernel"]
     assert moment.addressable_shards[0].data.shape == (4, 4)
+
+
+def test_an_update_that_is_not_healthy_changes_no_bit() -> None:
+    state = TrainState.create(random_params(0), optimiser(), jax.random.key(0)).apply(
+        random_params(1), optimiser(), 0.9
+    )
+    grads = {name: jnp.full_like(value, jnp.nan) for name, value in state.params.items()}
+    step = jax.jit(lambda state, grads, healthy: state.apply(grads, optimiser(), 0.9, healthy=healthy))
+    after = step(state, grads, False)
+    for field in ("params", "ema", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, field), getattr(state, field))
+    assert (int(after.step), after.skipped.tolist()) == (2, [1, 1])
+    after = step(step(after, grads, False), random_params(2), True)
+    assert (int(after.step), after.skipped.tolist()) == (4, [2, 0])
+    expected = state.apply(random_params(2), optimiser(), 0.9)
+    for name, value in expected.params.items():
+        assert_close(after.params[name], value, 1e-6, name)
+
+
+def test_a_first_moment_in_bfloat16_takes_half_and_changes_the_update_little() -> None:
+    half = adamw(optax.constant_schedule(0.01), **HYPER, mu_dtype="bfloat16")
+    states = [TrainState.create(random_params(0), kind, jax.random.key(0)) for kind in (optimiser(), half)]
+    for i in range(1, 6):
+        states = [
+            state.apply(random_params(i), kind, 0.9) for state, kind in zip(states, (optimiser(), half), strict=True)
+        ]
+    full, rounded = states
+    for name, moment in optax.tree_utils.tree_get(rounded.opt_state, "mu").items():
+        assert moment.dtype == jnp.bfloat16
+        assert optax.tree_utils.tree_get(rounded.opt_state, "nu")[name].dtype == jnp.float32
+        moved = np.abs(full.params[name] - random_params(0)[name]).max()
+        difference = np.abs(full.params[name] - rounded.params[name]).max()
+        assert 0 < difference < 2**-7 * moved  # bfloat16 keeps eight bits
+
+
+def test_an_average_on_the_hosts_is_sharded_as_the_parameters_are() -> None:
+    """It alone lives there, and an update brings it to the devices and back, to the same numbers."""
+    mesh = make_mesh({"fsdp": 8})
+    shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in SHAPES.items()}
+    params_at = param_shardings(shapes, AXES, mesh)
+    create = functools.partial(TrainState.create, optimiser=optimiser(), key=jax.random.key(0))
+    update = functools.partial(TrainState.apply, optimiser=optimiser(), ema_decay=0.9)
+    after = {}
+    for kind in (None, "pinned_host"):
+        state_at = state_shardings(jax.eval_shape(create, shapes), params_at, mesh, ema_memory_kind=kind)
+        state = jax.jit(create, out_shardings=state_at)(random_params(0))
+        step = jax.jit(update, out_shardings=state_at, donate_argnums=0)
+        for i in range(1, 3):
+            state = step(state, random_params(i))
+        after[kind] = state
+    host, device = after["pinned_host"], after[None]
+    for name, value in host.ema.items():
+        assert value.sharding == params_at[name].with_memory_kind("pinned_host")
+        np.testing.assert_array_equal(value, device.ema[name])
+    rest = (host.params, host.opt_state, host.step, host.skipped, on_device(host.ema))
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(rest)} == {"device"}
+    assert on_device(host.ema)["layer.kernel"].sharding.is_equivalent_to(params_at["layer.kernel"], 2)

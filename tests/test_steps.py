@@ -22,6 +22,7 @@ from svg_jax.models.gemma2 import Gemma2, Gemma2Config
 from svg_jax.models.next_dit import NextDiT, NextDiTConfig
 from svg_jax.models.vit import ViTConfig
 from svg_jax.nn.functional import Network, Params
+from svg_jax.parallel import batch_sharding, make_mesh, replicated
 from svg_jax.state import TrainState
 from svg_jax.steps import (
     Batch,
@@ -192,6 +193,29 @@ def test_a_batch_without_images_changes_no_parameter(tiny: Tiny, steps: dict[int
         np.testing.assert_array_equal(after.params[name], value)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_a_step_that_is_not_finite_is_skipped(tiny: Tiny, steps: dict[int, Any], parts: int, fsdp: int) -> None:
+    """Though NaN comes from one caption of one micro-batch, and from one device."""
+    text = tiny.frozen["text"]
+    poisoned = {**text, "embed_tokens.embedding": text["embed_tokens.embedding"].at[7].set(jnp.nan)}
+    batch = make_batch()
+    batch["tokens"] = jnp.where(batch["tokens"] == 7, 8, batch["tokens"])
+    broken = Batch(**{**batch, "tokens": batch["tokens"].at[2, 0].set(7)})
+    mesh = make_mesh({"fsdp": fsdp}, jax.devices()[:fsdp])
+    rows, everywhere = batch_sharding(mesh), replicated(mesh)
+    state, frozen = jax.device_put((tiny.state(), Frozen(**{**tiny.frozen, "text": poisoned})), everywhere)
+    sound, _ = steps[parts](state, frozen, jax.device_put(batch, rows))
+    after, metrics = steps[parts](sound, frozen, jax.device_put(broken, rows))
+    assert np.isnan(metrics["loss"])
+    assert (int(metrics["skipped_steps"]), int(metrics["skipped_in_a_row"]), int(metrics["bad_records"])) == (1, 1, 1)
+    assert int(after.step) == 2
+    for name, value in sound.params.items():
+        np.testing.assert_array_equal(after.params[name], value)
+        np.testing.assert_array_equal(after.ema[name], sound.ema[name])
+        assert (np.asarray(value) != np.asarray(tiny.params[name])).any() or name.startswith("norm_final")
+
+
 def test_randomness_is_the_key_and_the_step(tiny: Tiny, steps: dict[int, Any]) -> None:
     def loss(step: int, seed: int = 0) -> float:
         state = dataclasses.replace(tiny.state(seed), step=jnp.asarray(step, jnp.int32))
@@ -252,6 +276,14 @@ def test_the_autoencoder_step_trains_the_decoder_alone(tiny: Tiny) -> None:
     for name, value in rest.items():
         np.testing.assert_array_equal(after.frozen[name], value)
     assert float(step(after, batch)[1]["loss"]) < float(metrics["loss"])
+    assert int(metrics["bad_records"]) == 1
+
+    name = "decoder.conv_out.bias"
+    broken = dataclasses.replace(state, params={**decoder, name: decoder[name].at[0].set(jnp.nan)})
+    after, metrics = step(broken, batch)
+    assert after.skipped.tolist() == [1, 1] == [metrics["skipped_steps"], metrics["skipped_in_a_row"]]
+    for name, value in broken.params.items():
+        np.testing.assert_array_equal(after.params[name], value)
 
 
 def test_reconstructions_and_their_targets_line_up(tiny: Tiny) -> None:
