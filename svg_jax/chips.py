@@ -1,7 +1,7 @@
 """What one accelerator can do, as its maker publishes it, by the name that JAX gives it (`device_kind`).
 
 Figures are of one JAX device. That is a chip, except TPU7x, of which JAX sees each chip as two devices, with half of
-everything each. Peaks are dense bfloat16. Sources, all read in 2025:
+everything each. Peaks are dense bfloat16. Sources:
 
 - TPU: the page of each version under https://cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x). They give the
   interconnect between chips (ICI) as the sum of both directions over all links of a chip: halved here, as for NVLink.

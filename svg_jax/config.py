@@ -24,7 +24,7 @@ def run(main: Callable[[ConfigDict, str], None]) -> None:
     flags.mark_flags_as_required(["config", "workdir"])
     logging.getLogger("svg_jax").setLevel(logging.INFO)  # Orbax and others speak from WARNING on
     absl_logging.set_verbosity(absl_logging.WARNING)
-    app.run(lambda _: main(config.value, str(workdir.value)), flags_parser=_parse)
+    app.run(lambda _: main(config.value, str(workdir.value)), flags_parser=parse)
 
 
 @contextlib.contextmanager
@@ -81,7 +81,8 @@ def from_config(cls: type[Any], values: ConfigDict | dict[str, Any]) -> Any:
     return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
 
 
-def _parse(argv: list[str]) -> list[str]:
+def parse(argv: list[str]) -> list[str]:
+    """Flags from a command line, as `app.run` wants it; ends the program in one sentence where one is wrong."""
     named = re.search(r"^--?config[=\n](.*)$", "\n".join(argv), re.MULTILINE)
     file, *argument = named[1].split(":", 1) if named else ("",)
     if named and not Path(file).is_file():

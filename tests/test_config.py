@@ -46,7 +46,7 @@ def parse(monkeypatch: pytest.MonkeyPatch, file: Path) -> Parse:
         named = any(argument.startswith("--config=") or argument == "--config" for argument in arguments)
         argv = ["door", *([] if named else [f"--config={file}"]), "--workdir=w", *arguments]
         monkeypatch.setattr(sys, "argv", argv)
-        assert doors._parse(argv) == ["door"]
+        assert doors.parse(argv) == ["door"]
         return config.value
 
     return run
