@@ -52,6 +52,8 @@ def get_config() -> ConfigDict:
     config.cluster.coordinator = placeholder(str)  # "host:port" of process 0
     config.cluster.num_processes = placeholder(int)
     config.cluster.process_id = placeholder(int)
+    config.cluster.timeout = 100.0  # seconds without a sign of life after which a process is gone, and the job ends
+    config.cluster.start_timeout = 300.0  # seconds in which all must have started
 
     config.guard = ConfigDict()
     config.guard.max_skipped = 10  # (ours) steps in a row without a finite gradient, after which the run stops

@@ -79,7 +79,7 @@ def check(config: ConfigDict, needs: str) -> None:
             "num_train_steps", "batch_size", "micro_batches", "log_every", "checkpoint.keep", "optim.lr", "optim.eps",
             "optim.clip", "statistics.num_images", "text.max_tokens", "sample.num_steps", "sample.shift",
             "sample.batch_size", "data.max_ratio", "model.num_heads", "model.num_kv_heads", "guard.max_skipped",
-            "profile.steps",
+            "profile.steps", "cluster.timeout", "cluster.start_timeout",
         ),
         not_negative=(
             "optim.warmup_steps", "optim.weight_decay", "checkpoint.every", "checkpoint.keep_every", "sample.every",

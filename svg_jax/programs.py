@@ -139,7 +139,7 @@ def autoencoder_program(config: ConfigDict, mesh: Mesh) -> Training[Network[Auto
     )
     batch = abstract_batch(config.batch_size, side * side, 1, 3 * sizes.encoder.patch_size**2)
     return Training(
-        autoencoder_step(network, optimiser, ema_decay=config.optim.ema, grid=(side, side)),
+        autoencoder_step(network, optimiser, ema_decay=config.optim.ema, grid=(side, side), dtype=sizes.decoder.dtype),
         (state, _placed(batch, batch_sharding(mesh))),
         (shardings_of(state), replicated(mesh)),
         images=config.batch_size,

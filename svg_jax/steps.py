@@ -12,6 +12,7 @@ from typing import NamedTuple, TypedDict
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from svg_jax.flow.guidance import guided
@@ -25,6 +26,7 @@ from svg_jax.models.gemma2 import Gemma2, greedy
 from svg_jax.models.next_dit import NextDiT
 from svg_jax.nn.functional import Network, Params
 from svg_jax.nn.patches import token_mask, unpatchify
+from svg_jax.parallel import gathered
 from svg_jax.state import TrainState
 
 TIME_BINS = 10  # of the loss by timestep
@@ -123,13 +125,20 @@ def text_to_image_step(
 
 
 def autoencoder_step(
-    network: Network[Autoencoder], optimiser: optax.GradientTransformation, *, ema_decay: float, grid: tuple[int, int]
+    network: Network[Autoencoder],
+    optimiser: optax.GradientTransformation,
+    *,
+    ema_decay: float,
+    grid: tuple[int, int],
+    dtype: DTypeLike = jnp.float32,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """One update of the decoder: mean absolute error between pixels in [-1, 1] and their reconstruction.
 
     `state.params` are the decoder's, `state.frozen` the encoder's and the latent statistics. Every image has `grid`
-    (rows, cols); slots without an image enter no loss.
+    (rows, cols); slots without an image enter no loss. The decoder's kernels are gathered in `dtype`, all at once: they
+    are small beside its activations.
     """
+    axes = network.axes
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         pixels = target_pixels(batch["patches"], grid)
@@ -137,7 +146,8 @@ def autoencoder_step(
         valid = batch["grid"][:, 0] > 0
 
         def loss(params: Params) -> Array:
-            error = jnp.abs(network({**state.frozen, **params}).decoder(features) - pixels)
+            kernels = {name: gathered(w, axes[name], dtype) for name, w in params.items() if w.ndim > 1}
+            error = jnp.abs(network({**state.frozen, **params, **kernels}).decoder(features) - pixels)
             return batch_mean(jnp.mean(error, axis=(1, 2, 3)), valid)
 
         value, grads = jax.value_and_grad(loss)(state.params)

@@ -12,12 +12,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
+from svg_jax.nn.attention import RESULT
 from svg_jax.nn.linear import sharded
 from svg_jax.parallel import gathered
 
 Layer = TypeVar("Layer", bound=nnx.Module)
 
 LAYER_INPUT = "layer_input"
+_policies = jax.checkpoint_policies
 
 
 def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -28,9 +30,12 @@ def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
 # memory whole, every layer's, so that even "none" gathers them again.
 REMAT: dict[str, Callable[..., Any]] = {
     "none": _all_but_gathered,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keeps matrix products, recomputes the rest
-    "full": jax.checkpoint_policies.nothing_saveable,  # keeps the input of each layer only
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # keeps that in the memory of the host
+    "dots": _policies.save_from_both_policies(  # keeps matrix products and attention, recomputes the rest
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(RESULT)
+    ),
+    "attention": _policies.save_only_these_names(RESULT),  # keeps what fused attention gave, and the layer's input
+    "full": _policies.nothing_saveable,  # keeps the input of each layer only
+    "offload": _policies.save_and_offload_only_these_names(  # keeps that in the memory of the host
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[LAYER_INPUT],
         offload_src="device",

@@ -144,7 +144,9 @@ def test_layers_start_different_and_named() -> None:
 def test_an_unknown_policy_is_refused() -> None:
     network, params = stack()
     x, shift, _ = data()
-    with pytest.raises(ValueError, match="unknown remat policy 'ful': choose one of none, dots, full"):
+    with pytest.raises(
+        ValueError, match="unknown remat policy 'ful': choose one of none, dots, attention, full, offload"
+    ):
         scan_layers(network(params), x, shift, remat="ful")
 
 
