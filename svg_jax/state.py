@@ -141,8 +141,9 @@ def state_shardings(
         state: Shapes.
         params: Where each parameter lives.
         mesh: Of the devices.
-        ema_memory_kind: "pinned_host" keeps the average in the memory of the hosts, sharded as the parameters are: 4
-            bytes a parameter less on the devices, for moving them to the device and back each step.
+        ema_memory_kind: "pinned_host" keeps the average in the memory of the hosts, sharded as the parameters are. The
+            state takes 4 bytes a parameter less on the devices, and the step needs room for the copies on their way:
+            what is left of the gain depends on the program, so look at it with `svg_jax.aot` first.
     """
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:

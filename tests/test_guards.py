@@ -312,7 +312,16 @@ def test_the_log_says_where_the_time_goes(tmp_path: Path) -> None:
     assert last["tokens_per_second"] == pytest.approx(5 * last["images_per_second"])
 
 
-def test_a_skipped_step_changes_no_bit(tmp_path: Path) -> None:
+def test_a_trace_of_the_asked_steps_is_written_and_changes_nothing(tmp_path: Path) -> None:
+    run(tmp_path / "plain", {})
+    run(tmp_path / "traced", {}, settings=config(**{"profile.start": 3}))
+    assert losses(tmp_path / "traced") == losses(tmp_path / "plain")
+    assert list((tmp_path / "traced" / "profile").rglob("*.xplane.pb"))
+    assert [line["step"] for line in lines(tmp_path / "traced") if line.get("time/trace", 0.0) > 0.0] == [5]
+    assert not (tmp_path / "plain" / "profile").exists()
+
+
+def test_a_skipped_step_changes_no_bit() -> None:
     """Of parameters, average, moments and their count; the step and the counters alone go on."""
     optimiser = adamw(
         optax.constant_schedule(0.01), b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0, mu_dtype="bfloat16"
