@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,25 +60,45 @@ class TrainState:
         """One update: p <- p + optimiser(grads); ema <- d ema + (1 - d) p.
 
         Unless it is `healthy`: then parameters, average and moments (the count of Adam's bias correction too) stay as
-        they are, bit for bit, and only `step` goes on, so that the next step has other data and other randomness. An
-        average that lives in host memory comes to the device for this and goes back.
+        they are, bit for bit, and only `step` goes on, so that the next step has other data and other randomness.
         """
         healthy = jnp.asarray(healthy)
         with jax.numpy_dtype_promotion("standard"):  # Optax raises floats to the power of integer counts
             updates, opt_state = optimiser.update(grads, self.opt_state, self.params)
         params = optax.apply_updates(self.params, updates)
-        before = on_device(self.ema)
-        ema = jax.tree.map(lambda e, p: ema_decay * e + (1.0 - ema_decay) * p, before, params)
         # A select and not a branch: it fuses into the update, and costs no pass over memory of its own.
-        params, opt_state, ema = jax.tree.map(
-            lambda new, old: jnp.where(healthy, new, old),
-            (params, opt_state, ema),
-            (self.params, self.opt_state, before),
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(healthy, new, old), (params, opt_state), (self.params, self.opt_state)
         )
-        ema = jax.tree.map(lambda e, old: jax.device_put(e, jax.typeof(old).memory_space), ema, self.ema)
+        ema = jax.tree.map(functools.partial(_averaged, decay=ema_decay, healthy=healthy), self.ema, params)
         total, in_a_row = self.skipped[0], self.skipped[1]
         skipped = jnp.where(healthy, jnp.stack([total, jnp.zeros_like(in_a_row)]), self.skipped + 1)
         return TrainState(self.step + 1, params, ema, opt_state, self.key, self.frozen, skipped)
+
+
+def _averaged(old: Array, param: Array, *, decay: float, healthy: Bool[Array, ""]) -> Array:
+    """The average after a step, in the memory where it was: from the host it comes to the device a layer at a time.
+
+    All at once, the compiler would keep room on the device for all of it.
+    """
+
+    def mixed(old: Array, param: Array) -> Array:
+        return jnp.where(healthy, decay * old + (1.0 - decay) * param, old)
+
+    space = jax.typeof(old).memory_space
+    if space == jax.memory.Space.Device:
+        return mixed(old, param)
+
+    def through_device(old: Array, param: Array) -> Array:
+        return jax.device_put(mixed(jax.device_put(old, jax.memory.Space.Device), param), space)
+
+    def layer(i: Array, average: Array) -> Array:
+        piece = jax.lax.dynamic_index_in_dim(average, i, keepdims=False)
+        piece = through_device(piece, jax.lax.dynamic_index_in_dim(param, i, keepdims=False))
+        return jax.lax.dynamic_update_index_in_dim(average, piece, i, 0)
+
+    stacked = old.ndim > 2  # the first axis is then that of the layers, or of a convolution's window: never sharded
+    return jax.lax.fori_loop(0, len(old), layer, old) if stacked else through_device(old, param)
 
 
 def on_device(params: Params) -> Params:
@@ -141,9 +162,8 @@ def state_shardings(
         state: Shapes.
         params: Where each parameter lives.
         mesh: Of the devices.
-        ema_memory_kind: "pinned_host" keeps the average in the memory of the hosts, sharded as the parameters are. The
-            state takes 4 bytes a parameter less on the devices, and the step needs room for the copies on their way:
-            what is left of the gain depends on the program, so look at it with `svg_jax.aot` first.
+        ema_memory_kind: "pinned_host" keeps the average in the memory of the hosts, sharded as the parameters are: 4
+            bytes a parameter less on the devices, for sending it there and back each step, a layer at a time.
     """
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:

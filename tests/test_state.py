@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +13,15 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from svg_jax.aot import Target, topology_devices
 from svg_jax.nn.functional import Params
 from svg_jax.parallel import make_mesh, param_shardings, replicated
 from svg_jax.state import TrainState, adamw, learning_rate, on_device, state_shardings
 from tests.vectors import assert_close
 
 HYPER = {"b1": 0.9, "b2": 0.95, "eps": 1e-15, "weight_decay": 0.1, "clip": 2.0}
-SHAPES = {"layer.kernel": (16, 8), "layer.bias": (8,)}
-AXES = {"layer.kernel": ("embed", "mlp"), "layer.bias": (None,)}
+SHAPES = {"layer.kernel": (16, 8), "layer.bias": (8,), "layers.kernel": (3, 16, 8)}
+AXES = {"layer.kernel": ("embed", "mlp"), "layer.bias": (None,), "layers.kernel": ("layers", "embed", "mlp")}
 
 
 def random_params(seed: int, scale: float = 1.0) -> Params:
@@ -188,3 +190,23 @@ def test_an_average_on_the_hosts_is_sharded_as_the_parameters_are() -> None:
     rest = (host.params, host.opt_state, host.step, host.skipped, on_device(host.ema))
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(rest)} == {"device"}
     assert on_device(host.ema)["layer.kernel"].sharding.is_equivalent_to(params_at["layer.kernel"], 2)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, of the extra 'aot'")
+def test_an_average_on_the_hosts_leaves_its_memory_on_a_tpu_to_others() -> None:
+    mesh = make_mesh({"fsdp": -1}, topology_devices(Target("v5e:2x2")))
+    shapes = {"layers.kernel": jax.ShapeDtypeStruct((8, 1024, 1024), jnp.float32)}
+    params_at = param_shardings(shapes, {"layers.kernel": ("layers", "embed", "mlp")}, mesh)
+    create = functools.partial(TrainState.create, optimiser=optimiser(), key=jax.random.key(0))
+    abstract = jax.eval_shape(create, shapes)
+    grads = {"layers.kernel": jax.ShapeDtypeStruct((8, 1024, 1024), jnp.float32, sharding=params_at["layers.kernel"])}
+    update = functools.partial(TrainState.apply, optimiser=optimiser(), ema_decay=0.9)
+    needed = {}
+    for kind in (None, "pinned_host"):
+        state_at = state_shardings(abstract, params_at, mesh, ema_memory_kind=kind)
+        state = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), abstract, state_at)
+        compiled = jax.jit(update, out_shardings=state_at, donate_argnums=0).lower(state, grads).compile()
+        found = compiled.memory_analysis()
+        needed[kind] = found.argument_size_in_bytes + found.temp_size_in_bytes
+    share = 8 * 1024 * 1024 * 4 // mesh.size
+    assert needed[None] - needed["pinned_host"] > 0.6 * share  # all but what is on its way
