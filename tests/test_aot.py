@@ -6,10 +6,8 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import pytest
 
 from configs import tiny_autoencoder
@@ -21,17 +19,8 @@ from tests.tiny import tiny_config
 
 BATCH = 64
 V5E = CHIPS["TPU v5 lite"]
+pytestmark = pytest.mark.usefixtures("uncached")
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def uncached() -> Iterator[None]:
-    """Programs for absent chips cannot be read back from JAX's cache: none are put there."""
-    name = "jax_persistent_cache_min_compile_time_secs"
-    before = getattr(jax.config, name)
-    jax.config.update(name, float("inf"))
-    yield
-    jax.config.update(name, before)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def report(folder: Path) -> Report:
+def report(folder: Path, uncached: None) -> Report:
     """The tiny train step on four chips."""
     config = aot.with_batch(tiny_config(), "train", BATCH)
     return aot.main(config, Target("v5e:2x2"), name="tiny", out=str(folder))

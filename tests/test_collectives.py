@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +18,6 @@ TWO_SLICES = [0, 0, 0, 0, 1, 1, 1, 1]
 @pytest.fixture
 def mesh() -> Mesh:
     return jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
-
-
-@pytest.fixture
-def uncached() -> Iterator[None]:
-    """Programs for absent chips cannot be read back from JAX's cache: none are put there."""
-    name = "jax_persistent_cache_min_compile_time_secs"
-    before = getattr(jax.config, name)
-    jax.config.update(name, float("inf"))
-    yield
-    jax.config.update(name, before)
 
 
 def module(body: str, *computations: str) -> str:

@@ -128,7 +128,8 @@ def test_moments_live_with_their_parameters() -> None:
         optax.tree_utils.tree_get(state_at.opt_state, "mu"),
         optax.tree_utils.tree_get(state_at.opt_state, "nu"),
     ):
-        assert part == {"layer.kernel": split, "layer.bias": replicated(mesh)}
+        stacked = NamedSharding(mesh, P(None, "fsdp", "tensor"))
+        assert part == {"layer.kernel": split, "layer.bias": replicated(mesh), "layers.kernel": stacked}
     assert state_at.step == state_at.key == replicated(mesh)
     state = jax.jit(create, out_shardings=state_at)(random_params(0))
     moment = optax.tree_utils.tree_get(state.opt_state, "nu")["layer.kernel"]
@@ -193,7 +194,7 @@ def test_an_average_on_the_hosts_is_sharded_as_the_parameters_are() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, of the extra 'aot'")
-def test_an_average_on_the_hosts_leaves_its_memory_on_a_tpu_to_others() -> None:
+def test_an_average_on_the_hosts_leaves_its_memory_on_a_tpu_to_others(uncached: None) -> None:
     mesh = make_mesh({"fsdp": -1}, topology_devices(Target("v5e:2x2")))
     shapes = {"layers.kernel": jax.ShapeDtypeStruct((8, 1024, 1024), jnp.float32)}
     params_at = param_shardings(shapes, {"layers.kernel": ("layers", "embed", "mlp")}, mesh)
