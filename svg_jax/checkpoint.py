@@ -2,22 +2,28 @@
 
 `workdir/checkpoints/STEP/` holds `state` (a TrainState), `data` (where the data order stands) and `config`. A save is
 atomic; whatever mesh or number of processes it was made on, it restores onto the shardings of the target.
+
+Several processes read one checkpoint together: what one of them cannot read, none of them uses.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import NamedSharding
 
+from svg_jax.distributed import everyone, is_first
 from svg_jax.nn.functional import Params, mismatch
 from svg_jax.state import TrainState
 
@@ -25,7 +31,9 @@ logger = logging.getLogger("svg_jax")
 
 FOLDER = "checkpoints"
 PARTS = ("params", "ema", "frozen", "carried")  # of a checkpoint; `carried` is of the release's files, see `convert`
+TOGETHER = 3600.0  # seconds from the first process that has read its share to the last
 CHUNK_BYTES = 64 * 2**20  # of a parameter on disk: what a device that wants a piece of it must read at least
+ADDED = ("skipped",)  # fields that checkpoints of earlier versions lack, and that begin at zero
 Result = TypeVar("Result")
 
 
@@ -71,34 +79,38 @@ class Checkpoints:
             WrongArchitecture: The checkpoint is of another architecture.
             OSError: There are checkpoints and none can be read; nothing is touched.
         """
-        damaged: list[int] = []
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            folder = self.folder / str(step)
-            try:
-                for part in ("params", "frozen"):
-                    _check(getattr(abstract, part), _saved_shapes(folder, part), folder)
-                args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
-                restored = self._manager.restore(step, args=args)
-            except WrongArchitecture:
-                raise
-            except Exception as error:  # whatever Orbax or the file system says about a damaged file
-                logger.error("checkpoint %s cannot be read (%s): trying the one before", folder, error)
-                damaged.append(step)
-                continue
-            for other in damaged:
-                self._set_aside(other)
-            return restored.state, restored.data
-        if damaged:
+
+        def read(folder: epath.Path) -> tuple[TrainState, dict[str, int]]:
+            for part in ("params", "frozen"):
+                _check(getattr(abstract, part), _saved_shapes(folder, part), folder)
+            # Not through the manager, where a process that can read waits without end for one that cannot.
+            data = ocp.JsonCheckpointHandler().restore(folder / "data")
+            args = ocp.args.StandardRestore(_saved_fields(abstract, folder))
+            fields = ocp.StandardCheckpointHandler().restore(folder / "state", args=args)
+            return _with_new_fields(abstract, fields), data
+
+        steps = _steps(self.folder)
+        for i, step in enumerate(steps):
+            if (restored := _read_together(read, self.folder / str(step))) is not None:
+                for damaged in steps[:i]:
+                    self._set_aside(damaged)
+                return restored
+        if steps:
             raise OSError(
-                f"none of the {len(damaged)} checkpoints in {self.folder} can be read (the log says why): "
+                f"none of the {len(steps)} checkpoints in {self.folder} can be read (the log says why): "
                 "mend what keeps them from it, or start over with another --workdir"
             )
         return None
 
     def _set_aside(self, step: int) -> None:
-        if jax.process_index() == 0:
+        if is_first():
             (self.folder / str(step)).rename(self.folder / f"{step}.damaged")
+        everyone("set aside", "", TOGETHER)
         self._manager.reload()
+
+    def wait(self) -> None:
+        """Returns when what was saved is on disk."""
+        self._manager.wait_until_finished()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -108,7 +120,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for saves under way."""
-        self._manager.wait_until_finished()
+        self.wait()
         self._manager.close()
 
 
@@ -273,19 +285,55 @@ class _OneByOne(ocp.type_handlers.TypeHandler):
 
 
 def _from_newest(workdir: str, read: Callable[[epath.Path], Result]) -> Result:
-    """What `read` makes of the newest checkpoint that it can read."""
+    """What `read` makes of the newest checkpoint that every process can read."""
     folder = epath.Path(workdir).absolute() / FOLDER
-    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
-    for step in sorted(steps, reverse=True):
-        try:
-            return read(folder / str(step))
-        except WrongArchitecture:
-            raise
-        except Exception as error:  # whatever Orbax or the file system says about a damaged file
-            logger.error("checkpoint %s cannot be read (%s): trying the one before", folder / str(step), error)
+    for step in _steps(folder):
+        if (result := _read_together(read, folder / str(step))) is not None:
+            return result
     raise FileNotFoundError(
         f"no checkpoint in {folder} can be read: name the workdir of a training run, or of imported weights"
     )
+
+
+def _steps(folder: epath.Path) -> list[int]:
+    """Of the checkpoints in a folder, the newest first, as process 0 sees them."""
+    names = [path.name for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
+    first, *_ = everyone(f"steps in {folder}", " ".join(names), TOGETHER)
+    return sorted((int(name) for name in first.split()), reverse=True)
+
+
+def _read_together(read: Callable[[epath.Path], Result], folder: epath.Path) -> Result | None:
+    """What `read` makes of a checkpoint; None, and an error in the log, if it fails in any process."""
+    try:
+        result, problem = read(folder), ""
+    except WrongArchitecture:
+        raise
+    except Exception as error:  # whatever Orbax or the file system says about a damaged file
+        result, problem = None, str(error) or type(error).__name__
+    problems = everyone(f"read {folder}", problem, TOGETHER)
+    if not any(problems):
+        return result
+    where = "" if problem else "in another process: "
+    reason = next(text for text in (problem, *problems) if text)
+    logger.error("checkpoint %s cannot be read (%s%s): trying the one before", folder, where, reason)
+    return None
+
+
+def _saved_fields(abstract: TrainState, folder: epath.Path) -> dict[str, Any]:
+    """The fields of a state that a checkpoint has: one made by an earlier version may lack some."""
+    saved = ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
+    fields = {field.name: getattr(abstract, field.name) for field in dataclasses.fields(abstract)}
+    return {name: value for name, value in fields.items() if name in saved or name not in ADDED}
+
+
+def _with_new_fields(abstract: TrainState, fields: Mapping[str, Any]) -> TrainState:
+    """A state of restored fields, and zeros for those that the checkpoint lacks."""
+    lacking = {name: getattr(abstract, name) for name in ADDED if name not in fields}
+    zeros = {
+        name: jax.jit(functools.partial(jnp.zeros, s.shape, s.dtype), out_shardings=s.sharding)()
+        for name, s in lacking.items()
+    }
+    return TrainState(**fields, **zeros)
 
 
 def _saved_shapes(folder: epath.Path, part: str) -> dict[str, jax.ShapeDtypeStruct]:

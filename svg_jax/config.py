@@ -16,6 +16,8 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
+from svg_jax import distributed
+
 
 def run(main: Callable[[ConfigDict, str], None]) -> None:
     """Parses `--config=FILE --config.KEY=VALUE … --workdir=DIR` and calls main(config, workdir)."""
@@ -39,6 +41,7 @@ def one_sentence(*kinds: type[Exception]) -> Iterator[None]:
         yield
     except expected as error:
         logging.getLogger("svg_jax").debug("what led to the error below", exc_info=True)
+        distributed.failed(str(error))
         raise SystemExit(f"error: {error}") from error
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh
 
@@ -55,7 +56,7 @@ def create(mesh: Mesh, shapes: dict[str, tuple[int, ...]] = SHAPES) -> tuple[Tra
 def after(state: TrainState, step: int) -> TrainState:
     """A state that says it has done `step` updates, and whose parameters show it."""
     params = jax.tree.map(lambda x: x + step, state.params)
-    return TrainState(jnp.full_like(state.step, step), params, state.ema, state.opt_state, state.key, state.frozen)
+    return dataclasses.replace(state, step=jnp.full_like(state.step, step), params=params)
 
 
 def save(workdir: Path, state: TrainState, *steps: int, **settings: int) -> None:
@@ -99,6 +100,21 @@ def test_everything_comes_back_onto_any_mesh(tmp_path: Path, other: dict[str, in
     for value, target in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
         assert value.sharding.is_equivalent_to(target.sharding, value.ndim)
     assert load_config(str(tmp_path)) == CONFIG
+
+
+def test_a_checkpoint_from_before_a_field_was_added_restores_with_zeros_there(tmp_path: Path) -> None:
+    abstract, make = create(make_mesh({"fsdp": 8}))
+    state = make()
+    old = {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "skipped"}
+    checkpoints = Checkpoints(str(tmp_path))
+    items = ocp.args.Composite(
+        state=ocp.args.StandardSave(old), data=ocp.args.JsonSave({"step": 1}), config=ocp.args.JsonSave(CONFIG)
+    )
+    checkpoints._manager.save(1, args=items)
+    checkpoints.close()
+    restored = restore(tmp_path, abstract)
+    assert restored is not None
+    assert_same(restored[0], dataclasses.replace(state, skipped=jnp.zeros((2,), jnp.int32)))
 
 
 def test_nothing_saved_is_none(tmp_path: Path) -> None:

@@ -1,0 +1,157 @@
+"""Real processes over loopback: training is the same on any number of them, and survives losing them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from data_pipelines.scenes import write_scenes
+from svg_jax.distributed import EXIT_PREEMPTED
+from tests.cluster import PATIENCE, job
+from tests.tiny import write_tiny_weights
+
+STEPS = 12
+
+# The smallest run there is. Frozen networks come from checkpoints that one process wrote.
+CONFIG = """
+from tests.tiny import tiny_config
+
+def get_config():
+    config = tiny_config()
+    config.model.dtype = "float32"
+    config.update_from_flattened_dict({{
+        "num_train_steps": {steps}, "batch_size": 8, "log_every": 1, "checkpoint.every": 4, "sample.every": 0,
+        "data.path": "{folder}/scenes/records.jsonl", "data.num_threads": 0, "cluster.timeout": 10.0,
+        "autoencoder.checkpoint": "{folder}/weights/autoencoder",
+        "text.checkpoint": "{folder}/weights/text_encoder",
+        "text.tokenizer": "{folder}/weights/text_encoder/tokenizer",
+    }})
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scenes, weights and the config."""
+    folder = tmp_path_factory.mktemp("cluster")
+    write_scenes(folder / "scenes", 32, seed=0)
+    write_tiny_weights(folder / "weights")
+    (folder / "config.py").write_text(CONFIG.format(folder=folder, steps=STEPS))
+    return folder
+
+
+def cluster(folder: Path, name: str, processes: int, *flags: str) -> AbstractContextManager[subprocess.Popen[bytes]]:
+    """A training run of so many processes with two devices each; its output goes to `folder`/`name`.logs."""
+    train = [sys.executable, "-m", "svg_jax.train", f"--config={folder / 'config.py'}", f"--workdir={folder / name}"]
+    settings = {
+        # Compiled in half the time, and kept for the next run; all runs compute with the same flags.
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+    }
+    return job(folder / f"{name}.logs", processes, [*train, *flags], devices=2, env=settings)
+
+
+def finish(folder: Path, name: str, processes: int, *flags: str) -> None:
+    with cluster(folder, name, processes, *flags) as run:
+        assert run.wait(PATIENCE) == 0, log(folder, name, 0)
+
+
+def log(folder: Path, name: str, process: int) -> str:
+    return (folder / f"{name}.logs" / f"{process}.log").read_text()
+
+
+def losses(folder: Path, name: str) -> dict[int, float]:
+    """Loss by step, as far as it is written."""
+    path = folder / name / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return {line["step"]: line["loss"] for line in map(json.loads, lines)}
+
+
+def saved(folder: Path, name: str) -> set[int]:
+    """Steps of the checkpoints."""
+    return {int(path.name) for path in (folder / name / "checkpoints").glob("*") if path.name.isdigit()}
+
+
+def wait_until(ready: Callable[[], bool], run: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not ready():
+        assert run.poll() is None, "ended before anything was done to it"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def send(folder: Path, name: str, process: int, number: signal.Signals) -> None:
+    os.kill(int((folder / f"{name}.logs" / f"{process}.pid").read_text()), number)
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> dict[int, float]:
+    """The losses of one process that nothing interrupts."""
+    finish(folder, "whole", 1)
+    curve = losses(folder, "whole")
+    assert list(curve) == list(range(STEPS))
+    assert len(set(curve.values())) == STEPS
+    return curve
+
+
+def assert_same(curve: dict[int, float], whole: dict[int, float]) -> None:
+    np.testing.assert_allclose(list(curve.values()), [whole[step] for step in curve], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_four_processes_lose_one_and_two_go_on_as_if_nothing_had_happened(
+    folder: Path, whole: dict[int, float]
+) -> None:
+    with cluster(folder, "killed", 4) as run:
+        wait_until(lambda: 4 in saved(folder, "killed"), run)
+        send(folder, "killed", 2, signal.SIGKILL)
+        assert run.wait(PATIENCE) == 128 + signal.SIGKILL
+    assert "process 2 of 4 was killed by SIGKILL" in log(folder, "killed", 0)
+    for survivor in (0, 1, 3):
+        assert re.search(r"error: process 2 of 4 is gone .*: this job ends; start", log(folder, "killed", survivor))
+    before = losses(folder, "killed")
+    assert 4 <= len(before) < STEPS
+    assert_same(before, whole)
+
+    # Four processes saved 1 x 8; two restore 2 x 1 x 2.
+    finish(folder, "killed", 2, "--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+    assert "resuming after step" in log(folder, "killed", 0)
+    after = losses(folder, "killed")
+    assert list(after) == list(range(STEPS))
+    assert_same(after, whole)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_saves_both_and_one_goes_on(folder: Path, whole: dict[int, float]) -> None:
+    with cluster(folder, "preempted", 2) as run:
+        wait_until(lambda: len(losses(folder, "preempted")) > 1, run)
+        send(folder, "preempted", 1, signal.SIGTERM)
+        assert run.wait(PATIENCE) == EXIT_PREEMPTED
+    steps = {int(re.search(r"saved after step (\d+)", log(folder, "preempted", i))[1]) for i in (0, 1)}
+    assert len(steps) == 1
+    assert steps <= saved(folder, "preempted")
+    assert max(steps) < STEPS
+    assert_same(losses(folder, "preempted"), whole)
+
+    finish(folder, "preempted", 1, "--config.mesh.data=2", "--config.mesh.fsdp=1")
+    assert f"resuming after step {max(steps)}" in log(folder, "preempted", 0)
+    after = losses(folder, "preempted")
+    assert list(after) == list(range(STEPS))
+    assert_same(after, whole)
+
+    # Only process 0 writes: one file of events for each of the two runs, and no progress from the other process.
+    assert len(list((folder / "preempted" / "events").glob("*tfevents*"))) == 2
+    assert "loss" not in log(folder, "preempted", 1)
