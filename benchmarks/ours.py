@@ -36,8 +36,13 @@ class Given:
 
 
 def network(shape: Shape, **changes: Any) -> Network[NextDiT]:
-    """Next-DiT at this shape, float32."""
-    config = NextDiTConfig(
+    """Next-DiT at this shape."""
+    return Network(lambda rngs: NextDiT(config_of(shape, **changes), rngs=rngs))
+
+
+def config_of(shape: Shape, **changes: Any) -> NextDiTConfig:
+    """The sizes as the network takes them."""
+    return NextDiTConfig(
         in_channels=shape.in_channels,
         text_dim=shape.text_dim,
         dim=shape.dim,
@@ -46,14 +51,17 @@ def network(shape: Shape, **changes: Any) -> Network[NextDiT]:
         num_heads=shape.num_heads,
         num_kv_heads=shape.num_kv_heads,
         axes_dims=shape.axes_dims,
+        dtype=shape.dtype,
         **changes,
     )
-    return Network(lambda rngs: NextDiT(config, rngs=rngs))
 
 
-def jitted_step(shape: Shape) -> tuple[Any, Callable[[Array], TrainState], Any]:
-    """The compiled-on-first-call step, what makes its state from a key, and its (frozen parameters, batch)."""
-    dit = network(shape, remat="dots")  # on a CPU both faster and smaller than to keep everything
+def jitted_step(shape: Shape, **changes: Any) -> tuple[Any, Callable[[Array], TrainState], Any]:
+    """The compiled-on-first-call step, what makes its state from a key, and its (frozen parameters, batch).
+
+    On a CPU to keep matrix products only is both faster and smaller than to keep everything.
+    """
+    dit = network(shape, **{"remat": "dots", **changes})
     optimiser = adamw(
         learning_rate(lr=settings.LEARNING_RATE, schedule="constant", warmup_steps=0, num_train_steps=1),
         b1=settings.BETAS[0],

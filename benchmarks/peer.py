@@ -42,6 +42,15 @@ def train_step(shape: Shape) -> tuple[Callable[[], Any], int]:
     torch.manual_seed(0)
     torch.set_num_threads(os.cpu_count() or 1)
     model = network(shape).train()
+    return update_of(model)(shape), sum(p.numel() for p in model.parameters())
+
+
+def update_of(model: Lumina2Transformer2DModel) -> Callable[[Shape], Callable[[], Any]]:
+    """With the optimiser's state and the average made once: from a shape to a function that makes one update at it.
+
+    Parameters are float32; where the shape says bfloat16, PyTorch casts each operation's inputs (autocast).
+    """
+    device = next(model.parameters()).device
     average = copy.deepcopy(model).requires_grad_(False)
     params, averages = list(model.parameters()), list(average.parameters())
     # Of AdamW's implementations the fused one is the fastest on a CPU.
@@ -53,24 +62,29 @@ def train_step(shape: Shape) -> tuple[Callable[[], Any], int]:
         weight_decay=settings.WEIGHT_DECAY,
         fused=True,
     )
-    x1 = torch.randn(shape.batch, shape.in_channels, shape.rows, shape.cols)
-    text = torch.randn(shape.batch, shape.text_tokens, shape.text_dim)
-    mask = torch.ones(shape.batch, shape.text_tokens, dtype=torch.long)
 
-    def update() -> float:
-        t = torch.sigmoid(torch.randn(shape.batch))
-        x0 = torch.randn_like(x1)
-        at = t[:, None, None, None]
-        velocity = model(at * x1 + (1 - at) * x0, t, text, mask, return_dict=False)[0]
-        loss = torch.nn.functional.mse_loss(velocity, x1 - x0)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, settings.CLIP)
-        optimiser.step()
-        torch._foreach_lerp_(averages, params, 1 - settings.EMA_DECAY)
-        return loss.item()
+    def at_shape(shape: Shape) -> Callable[[], float]:
+        x1 = torch.randn(shape.batch, shape.in_channels, shape.rows, shape.cols, device=device)
+        text = torch.randn(shape.batch, shape.text_tokens, shape.text_dim, device=device)
+        mask = torch.ones(shape.batch, shape.text_tokens, dtype=torch.long, device=device)
 
-    return update, sum(p.numel() for p in params)
+        def update() -> float:
+            t = torch.sigmoid(torch.randn(shape.batch, device=device))
+            x0 = torch.randn_like(x1)
+            at = t[:, None, None, None]
+            with torch.autocast(device.type, torch.bfloat16, enabled=shape.dtype == "bfloat16"):
+                velocity = model(at * x1 + (1 - at) * x0, t, text, mask, return_dict=False)[0]
+            loss = torch.nn.functional.mse_loss(velocity.float(), x1 - x0)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(params, settings.CLIP)
+            optimiser.step()
+            torch._foreach_lerp_(averages, params, 1 - settings.EMA_DECAY)
+            return loss.item()
+
+        return update
+
+    return at_shape
 
 
 @torch.inference_mode()

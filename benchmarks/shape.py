@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 LEARNING_RATE = 2e-4
 BETAS = (0.9, 0.95)
@@ -31,6 +32,13 @@ class Shape:
     cols: int = 16
     text_tokens: int = 64
     batch: int = 4
+    dtype: str = "float32"  # of the computation; parameters are float32
+
+    @classmethod
+    def next_dit_2p6b(cls, side: int, **changes: Any) -> Shape:
+        """The published model in bfloat16, on side x side image tokens and 512 of text."""
+        sizes = {"dim": 2304, "num_layers": 26, "num_heads": 24, "num_kv_heads": 8, "rows": side, "cols": side}
+        return cls(**{**sizes, "text_tokens": 512, "dtype": "bfloat16", **changes})
 
     @property
     def image_tokens(self) -> int:

@@ -13,6 +13,7 @@ Nothing is ever made whole on one device: shapes first, then shardings from here
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -52,17 +53,27 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     if unknown := set(sizes) - set(AXES):
         raise ValueError(f"unknown mesh axes {sorted(unknown)}: there are {', '.join(AXES)}")
     slices = num_slices(devices)
-    shape = _fill([sizes.get(axis, 1) for axis in AXES], len(devices), slices)
+    one_slice = devices if slices == 1 else [d for d in devices if d.slice_index == devices[0].slice_index]
+    shape = _fill([sizes.get(axis, 1) for axis in AXES], len(devices), slices, torus_of(one_slice))
     if math.prod(shape) != len(devices) or min(shape) < 1:
         wanted = ", ".join(f"{axis}={sizes.get(axis, 1)}" for axis in AXES)
         raise ValueError(f"mesh {wanted} does not fit {len(devices)} devices: the sizes must multiply to that number")
     types = (AxisType.Auto,) * len(AXES)
     if slices == 1 or (shape[0] % slices and devices[0].platform != "tpu"):
-        return jax.make_mesh(tuple(shape), AXES, axis_types=types, devices=devices)
+        return Mesh(_arranged(shape, devices), AXES, axis_types=types)
     if shape[0] % slices:
         raise ValueError(f"mesh data={shape[0]} on {slices} slices: only `data` crosses slices, make it a multiple")
     within, across = (shape[0] // slices, *shape[1:]), (slices, *(1,) * (len(AXES) - 1))
-    return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=types)
+    grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=types)
+
+
+def _arranged(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices on a grid, each axis along sides of the torus where that is possible."""
+    try:
+        return mesh_utils.create_device_mesh(shape, devices)
+    except NotImplementedError:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def num_slices(devices: Sequence[jax.Device]) -> int:
@@ -72,23 +83,35 @@ def num_slices(devices: Sequence[jax.Device]) -> int:
     return len({getattr(device, "slice_index", None) for device in devices})
 
 
-def two_level(devices: int) -> tuple[int, int]:
-    """(data, fsdp) inside one slice: fsdp is the smallest divisor that is at least 8 and the square root.
+def two_level(devices: int, torus: Sequence[int] = ()) -> tuple[int, int]:
+    """(data, fsdp) inside one slice: fsdp is the smallest size that is at least 8 and the square root of `devices`.
 
-    Parameters are then gathered along one dimension of a torus: groups that span both dimensions make the compiler
-    all-reduce whole gradients. 256 chips are 16 x 16, 128 are 8 x 16, 64 are 8 x 8, 8 are 1 x 8.
+    It is a divisor and, in a torus, a product of whole sides: 16 x 16 chips are (16, 16), 4 x 4 x 4 are (4, 16), 8 x 8
+    are (8, 8), 8 are (1, 8). Parameters are then gathered along some dimensions of the torus: groups that span all of
+    them make the compiler all-reduce whole gradients, but in the smallest slices.
     """
+    sides = itertools.chain.from_iterable(itertools.combinations(torus, n) for n in range(len(torus) + 1))
+    sizes = {math.prod(some) for some in sides} if math.prod(torus) == devices else range(1, devices + 1)
     least = min(devices, max(8, math.isqrt(devices - 1) + 1))
-    fsdp = next(size for size in range(least, devices + 1) if devices % size == 0)
+    fsdp = min(size for size in sizes if size >= least and devices % size == 0)
     return devices // fsdp, fsdp
 
 
-def _fill(shape: list[int], devices: int, slices: int) -> list[int]:
+def torus_of(devices: Sequence[jax.Device]) -> tuple[int, ...]:
+    """Sides of the torus that the devices of one slice form; empty where they form none."""
+    places = [getattr(device, "coords", None) for device in devices]
+    if any(place is None for place in places):
+        return ()
+    cores = {getattr(device, "core_on_chip", 0) for device in devices}
+    return (*(len(set(side)) for side in zip(*places, strict=True)), len(cores))
+
+
+def _fill(shape: list[int], devices: int, slices: int, torus: Sequence[int]) -> list[int]:
     given = math.prod(size for size in shape if size != -1)
     if given < 1 or devices % given:
         return shape
     if shape[:2] == [-1, -1] and -1 not in shape[2:] and devices % (given * slices) == 0:
-        data, fsdp = two_level(devices // given // slices)
+        data, fsdp = two_level(devices // given // slices, torus)
         return [data * slices, fsdp, *shape[2:]]
     if shape.count(-1) == 1:
         return [devices // given if size == -1 else size for size in shape]

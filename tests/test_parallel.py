@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from svg_jax.aot import Target, topology_devices
 from svg_jax.models.decoder import Decoder, DecoderConfig
 from svg_jax.models.gemma2 import Gemma2, Gemma2Config
 from svg_jax.models.next_dit import NextDiT, NextDiTConfig
@@ -61,6 +64,20 @@ def test_two_levels(devices: int, sizes: tuple[int, int]) -> None:
     assert two_level(devices) == sizes
 
 
+@pytest.mark.parametrize(
+    ("torus", "sizes"),
+    [
+        ((16, 16, 1, 1), (16, 16)),
+        ((4, 4, 4, 1), (4, 16)),
+        ((4, 4, 8, 1), (8, 16)),
+        ((4, 8, 1, 1), (4, 8)),
+        ((2, 4, 1, 1), (1, 8)),
+    ],
+)
+def test_two_levels_of_a_torus_are_made_of_whole_sides(torus: tuple[int, ...], sizes: tuple[int, int]) -> None:
+    assert two_level(math.prod(torus), torus) == sizes
+
+
 @dataclasses.dataclass(frozen=True)
 class Node:
     """What a mesh wants to know of a device that is not there: four GPUs a node."""
@@ -85,6 +102,21 @@ def test_only_data_crosses_from_node_to_node() -> None:
     mesh = make_mesh({"data": 4, "fsdp": 2}, devices)
     nodes = [[device.slice_index for device in row] for row in mesh.devices.reshape(4, 2)]
     assert nodes == [[0, 0], [0, 0], [1, 1], [1, 1]]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, of the extra 'aot'")
+@pytest.mark.parametrize(
+    ("topology", "sizes", "shape"),
+    [
+        ("v5e:16x16", {"data": -1, "fsdp": -1}, (16, 16)),
+        ("v5p:4x4x4", {"data": -1, "fsdp": -1}, (4, 16)),
+        ("v5p:4x4x4", {"data": 8, "fsdp": 8}, (8, 8)),
+        ("v6e:16x16", {"data": -1, "fsdp": 32}, (8, 32)),
+    ],
+)
+def test_every_mesh_can_be_laid_on_a_real_torus(topology: str, sizes: dict[str, int], shape: tuple[int, int]) -> None:
+    mesh = make_mesh(sizes, topology_devices(Target(topology)))
+    assert (mesh.shape["data"], mesh.shape["fsdp"]) == shape
 
 
 def test_a_parameter_that_would_cross_tpu_slices_is_refused() -> None:
