@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from svg_jax.aot import with_batch
 from svg_jax.chips import GIB
 from svg_jax.collectives import KINDS
+from svg_jax.topologies import topology_devices
 
 Report = dict[str, Any]
 STATE = ("parameters", "average", "optimiser")
@@ -33,16 +36,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2, help="a device")
     parser.add_argument("--out", default="out/aot", help="folder of reports")
     parser.add_argument("--figure", type=Path, default=FIGURE)
-    parser.add_argument("--override", action="append", default=[], metavar="--config.KEY=VALUE", help="for svg_jax.aot")
     args = parser.parse_args()
     reports = []
     for topology in args.topologies:
         report = find(args, topology)
         if report is None:
-            batch = args.batch * devices(topology)
+            batch = args.batch * len(topology_devices(topology))
             flags = [f"--config={args.config}", f"--topology={topology}", f"--batch={batch}", f"--out={args.out}"]
-            # Its status is 1 where the step does not fit, which is a result too.
-            subprocess.run([sys.executable, "-m", "svg_jax.aot", *flags, *args.override], check=False)
+            # Its status is not 0 where the step does not fit, which is a result too.
+            subprocess.run([sys.executable, "-m", "svg_jax.aot", *flags], check=False)
             report = find(args, topology)
         if report is None or "roofline" not in report:
             raise SystemExit(f"error: {args.config} at {args.batch} a device does not compile for {topology}")
@@ -52,25 +54,16 @@ def main() -> None:
     print(f"\n{args.figure}")
 
 
-def devices(topology: str) -> int:
-    """Devices of a topology by its name; a chip of v7x is two."""
-    from svg_jax.aot import Target, topology_devices
-
-    return len(topology_devices(Target(topology)))
-
-
 def find(args: argparse.Namespace, topology: str) -> Report | None:
-    """The newest saved report of this config, topology and batch a device."""
-    found = []
+    """The newest saved report of this config as it stands, at this topology and batch a device."""
+    batch = args.batch * len(topology_devices(topology))
+    settings = with_batch(runpy.run_path(args.config)["get_config"](), "train", batch).to_json_best_effort()
+    wanted = {"topology": topology, "slices": 1, "step": "train", "settings": json.loads(settings)}
+    found = None
     for path in sorted(Path(args.out).glob("*.json"), key=lambda path: path.stat().st_mtime):
         report = json.loads(path.read_text())
-        same = (report["config"], report["topology"], report["slices"], report["step"])
-        if (
-            same == (Path(args.config).stem, topology, 1, "train")
-            and report["images"] == args.batch * report["devices"]
-        ):
-            found.append(report)
-    return found[-1] if found else None
+        found = report if all(report.get(key) == value for key, value in wanted.items()) else found
+    return found
 
 
 def table(reports: list[Report]) -> str:

@@ -9,10 +9,9 @@ that fits. Memory is the compiler's estimate; time is a bound, see `svg_jax.roof
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
-import importlib.util
 import json
-import os
 import re
 import resource
 import sys
@@ -25,17 +24,18 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 from etils import epath
-from jax.experimental import topologies
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from svg_jax import assemble
 from svg_jax import config as doors
-from svg_jax.chips import CHIPS, GIB, Chip, chip_of
+from svg_jax.chips import CHIPS, GIB, Chip
 from svg_jax.collectives import KINDS, by_kind, collectives
+from svg_jax.flow.solvers import SOLVERS
 from svg_jax.parallel import batch_multiple, make_mesh
 from svg_jax.programs import Program, autoencoder_program, sample_program, train_program
 from svg_jax.roofline import device_bytes, executed_flops, ideal_bytes, read_arguments, roofline
+from svg_jax.topologies import topology_devices
 
 # Name of a step -> what makes its program, and the section that its configs have.
 STEPS: dict[str, tuple[Callable[[ConfigDict, Mesh], Program], str]] = {
@@ -44,14 +44,8 @@ STEPS: dict[str, tuple[Callable[[ConfigDict, Mesh], Program], str]] = {
     "autoencoder": (autoencoder_program, "statistics"),
 }
 
-# For libtpu, before it is loaded: ask no metadata server who we are, and let several processes compile at once.
-ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
 STATE = ("parameters", "average", "optimiser")
+DOES_NOT_FIT = 3  # exit status; 1 is an error
 Report = dict[str, Any]
 
 
@@ -72,10 +66,8 @@ def main(config: ConfigDict, target: Target, *, name: str, find_largest: bool = 
         ImportError: There is no libtpu.
     """
     check(config, target.step)
-    devices = topology_devices(target)
-    chip = chip_of(devices[0].device_kind)
-    if chip is None:
-        raise ValueError(f"--topology={target.topology}: nothing is known of its chips, choose {_names()}")
+    devices = topology_devices(target.topology, target.slices)
+    chip = CHIPS[devices[0].device_kind]
     mesh = make_mesh(config.mesh, devices)
     report: Report = {
         "config": name,
@@ -83,6 +75,7 @@ def main(config: ConfigDict, target: Target, *, name: str, find_largest: bool = 
         "chip": chip.name,
         "devices": len(devices),
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+        "settings": json.loads(config.to_json_best_effort()),
         "versions": {package: importlib.metadata.version(package) for package in ("jax", "jaxlib", "libtpu")},
     }
     report |= compile_step(config, target.step, mesh, chip)
@@ -93,46 +86,13 @@ def main(config: ConfigDict, target: Target, *, name: str, find_largest: bool = 
     print(text)
     axes = "_".join(f"{axis}{size}" for axis, size in report["mesh"].items())
     stem = f"{name}-{target.step}-{target.slices}x{target.topology.replace(':', '_')}-{axes}-batch{report['images']}"
+    stem += "-" + hashlib.sha256(json.dumps(report["settings"]).encode()).hexdigest()[:6]  # other settings, other file
     folder = epath.Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{stem}.json").write_text(json.dumps(report, indent=2) + "\n")
     (folder / f"{stem}.md").write_text(text + "\n")
     print(f"\nsaved as {folder / stem}.json and .md")
     return report
-
-
-def topology_devices(target: Target) -> list[jax.Device]:
-    """The devices of a topology, none of which exist.
-
-    Raises:
-        ImportError: There is no libtpu.
-        ValueError: There is no such topology.
-    """
-    if importlib.util.find_spec("libtpu") is None:
-        raise ImportError('compiling for TPUs needs their compiler, libtpu: run `pip install "svg_jax[aot]"`')
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", target.topology)
-    if not found:
-        raise ValueError(f"--topology={target.topology} is not VERSION:SHAPE, as in v5e:16x16 or v5p:4x4x4")
-    version, shape = found[1].lower().replace("v7x", "tpu7x"), found[2]
-    if re.match(r"[abh]\d+", version):
-        raise ValueError(
-            f"--topology={target.topology}: programs for GPUs compile only where there is one; TPUs are {_names()}"
-        )
-    for key, value in ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
-    options: dict[str, Any] = {"num_slices": target.slices} if target.slices > 1 else {}
-    if version == "v4":
-        options["chip_config_name"] = "megacore"  # both cores of a chip as one device, as Cloud TPU shows them
-    try:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{version}:{shape}", **options)
-    except jax.errors.JaxRuntimeError as error:
-        if "external name" in str(error):
-            raise ValueError(f"--topology={target.topology}: there is no such TPU, choose {_names()}") from error
-        raise ValueError(
-            f"--topology={target.topology} does not exist: the compiler knows slices of whole hosts, whose first two "
-            "sides are multiples of 2, from v5e:2x2, v6e:2x2, v4:2x2x1, v5p:2x2x1 and tpu7x:2x2x1 on"
-        ) from error
-    return list(topology.devices)
 
 
 def check(config: ConfigDict, step: str) -> None:
@@ -147,6 +107,13 @@ def check(config: ConfigDict, step: str) -> None:
     if "data" in config:
         config.data.path = config.data.path or "not read here"
     assemble.check(config, needs=STEPS[step][1])
+    if step == "sample" and (
+        SOLVERS[config.sample.solver].evaluations is None or SOLVERS[config.sample.solver].singlestep
+    ):
+        raise ValueError(
+            f"--step=sample cannot count the loops of the solver '{config.sample.solver}': choose another, such as "
+            "--config.sample.solver=dpm++2m"
+        )
 
 
 def compile_step(config: ConfigDict, step: str, mesh: Mesh, chip: Chip) -> Report:
@@ -244,6 +211,7 @@ def ideal_of(config: ConfigDict, step: str, read: Any, mesh: Mesh) -> dict[str, 
         sum(leaf.size * leaf.dtype.itemsize for path, leaf in named if ".embedding" not in jax.tree_util.keystr(path)),
         item=jnp.dtype(dtype).itemsize,
         devices=mesh.size,
+        tensor=mesh.shape["tensor"],
         recomputed=train and config.model.remat != "none",
         micro_batches=config.micro_batches if train else 1,
     )
@@ -366,7 +334,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def run() -> None:
-    """Parses the flags and calls `main`; the exit status is 1 where the step does not fit."""
+    """Parses the flags and calls `main`; the exit status is `DOES_NOT_FIT` where the step does not."""
     config = config_flags.DEFINE_config_file("config", None, "File with get_config(), for example configs/stage3.py.")
     topology = flags.DEFINE_string("topology", None, "Of one slice, as v5e:16x16.")
     step = flags.DEFINE_string("step", "train", f"What to compile: {', '.join(STEPS)}.")
@@ -389,13 +357,9 @@ def run() -> None:
             name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
             target = Target(str(topology.value), slices.value, str(step.value))
             report = main(values, target, name=name, find_largest=find.value, out=str(out.value))
-        sys.exit(not report["fits"])
+        sys.exit(0 if report["fits"] else DOES_NOT_FIT)
 
     app.run(parsed, flags_parser=doors.parse)
-
-
-def _names() -> str:
-    return ", ".join(chip.name for kind, chip in CHIPS.items() if kind.startswith("TPU"))
 
 
 if __name__ == "__main__":

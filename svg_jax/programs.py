@@ -175,9 +175,8 @@ def sample_program(config: ConfigDict, mesh: Mesh) -> Program:
     integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32, sharding=rows)
     key = jax.eval_shape(lambda: jax.random.key(0))
     model, autoencoder, text = sizes_of(config)
-    picture_flops = 2 * (
-        config.sample.num_steps * flops.next_dit(model, side * side, length) + flops.gemma2_features(text, length)
-    ) + flops.decoder(autoencoder.decoder, grid)
+    evaluations = config.sample.num_steps * (solver.method.evaluations or 1)  # of a solver that chooses: of one step
+    both_halves = evaluations * flops.next_dit(model, side * side, length) + flops.gemma2_features(text, length)
     return Program(
         draw,
         (
@@ -191,7 +190,7 @@ def sample_program(config: ConfigDict, mesh: Mesh) -> Program:
         rows,
         images=batch,
         tokens=batch * (side * side + length),
-        flops=picture_flops * batch,
+        flops=(2 * both_halves + flops.decoder(autoencoder.decoder, grid)) * batch,
         donates=False,
         compiler_options=compiler_options(mesh.devices.flat[0].device_kind),
     )

@@ -12,7 +12,8 @@
 
 (Williams, Waterman and Patterson 2009, "Roofline"; MFU: Chowdhery et al. 2022, "PaLM", appendix B.) It is a limit and
 no forecast: it knows nothing of matrix units that are not full, of memory traffic other than the state's, and of
-latency. A collective is taken to run along one axis of the torus, both ways around: 1/axes of a chip's bandwidth.
+latency. A collective is taken to run along one axis of the torus, both ways around: 1/axes of a chip's bandwidth;
+small slices, whose sides are not closed to rings, have less.
 """
 
 from __future__ import annotations
@@ -84,24 +85,32 @@ def roofline(
 
 
 def ideal_bytes(
-    trained: float, frozen: float, *, item: int, devices: int, recomputed: bool, micro_batches: int = 1
+    trained: float,
+    frozen: float,
+    *,
+    item: int,
+    devices: int,
+    recomputed: bool,
+    tensor: int = 1,
+    micro_batches: int = 1,
 ) -> dict[str, float]:
-    """The least that a device sends where every parameter is spread over all `devices`, and used whole by each.
+    """The least that a device sends where every parameter is spread over all `devices`, and each uses 1/t of it.
 
     Each micro-batch gathers the parameters for the forward pass, again where the backward pass recomputes it, and
     reduce-scatters their gradients, all in the type of the computation; it gathers the frozen ones once:
 
-        P · item · (n - 1)/n each,     frozen bytes · (n - 1)/n
+        P · item · (1/t - 1/n) each,     frozen bytes · (1/t - 1/n)
 
     Args:
         trained: Parameters P that are trained.
         frozen: Bytes of the frozen ones that are gathered.
         item: Bytes of one number in the computation.
         devices: n.
+        tensor: t, devices that share the work of a layer.
         recomputed: Whether the backward pass gathers anew.
         micro_batches: Parts of the batch that run one after the other.
     """
-    once = micro_batches * (devices - 1) / devices
+    once = micro_batches * (1 / tensor - 1 / devices)
     return {
         "forward": trained * item * once,
         "recomputation": trained * item * once if recomputed else 0.0,

@@ -97,7 +97,7 @@ def _averaged(old: Array, param: Array, *, decay: float, healthy: Bool[Array, ""
         piece = through_device(piece, jax.lax.dynamic_index_in_dim(param, i, keepdims=False))
         return jax.lax.dynamic_update_index_in_dim(average, piece, i, 0)
 
-    stacked = old.ndim > 2  # the first axis is then that of the layers, or of a convolution's window: never sharded
+    stacked = old.ndim > 2  # the first axis is then that of the layers, or of a convolution's window: not sharded
     return jax.lax.fori_loop(0, len(old), layer, old) if stacked else through_device(old, param)
 
 

@@ -8,13 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
-from configs import tiny_autoencoder
+from configs import stage3, stage4, tiny_autoencoder
 from svg_jax import aot
 from svg_jax.aot import Report, Target
 from svg_jax.chips import CHIPS, GIB
 from svg_jax.parallel import make_mesh
+from svg_jax.programs import train_program
+from svg_jax.topologies import topology_devices
 from tests.tiny import tiny_config
 
 BATCH = 64
@@ -37,9 +40,10 @@ def report(folder: Path, uncached: None) -> Report:
 
 @needs_libtpu
 def test_the_report_is_saved_as_it_is(report: Report, folder: Path) -> None:
-    stem = f"tiny-train-1xv5e_2x2-fsdp4-batch{BATCH}"
-    assert json.loads((folder / f"{stem}.json").read_text()) == report
-    text = (folder / f"{stem}.md").read_text()
+    (path,) = folder.glob(f"tiny-train-1xv5e_2x2-fsdp4-batch{BATCH}-*.json")
+    assert json.loads(path.read_text()) == report
+    assert report["settings"]["batch_size"] == BATCH
+    text = path.with_suffix(".md").read_text()
     assert text.startswith(f"tiny, train, 1 x v5e:2x2 (4 x v5e), mesh fsdp 4, batch {BATCH}: fits, ")
     assert "| model FLOPs utilisation at the roofline | " in text
 
@@ -142,7 +146,8 @@ def test_each_try_for_the_largest_batch_compiles_once(monkeypatch: pytest.Monkey
         ("v5e:1x1", "--topology=v5e:1x1 does not exist: the compiler knows slices of whole hosts"),
         ("v5e:3x3", "--topology=v5e:3x3 does not exist"),
         ("v3:2x2", "--topology=v3:2x2: nothing is known of its chips, choose v4, v5e"),
-        ("h100:8x1", "--topology=h100:8x1: programs for GPUs compile only where there is one; TPUs are v4, v5e"),
+        ("v5e:2x2x2", "--topology=v5e:2x2x2 does not exist: slices of v5e have 2 sides"),
+        ("h100:8", "--topology=h100:8: programs for GPUs compile only where there is one; TPUs are v4, v5e"),
     ],
 )
 def test_other_topologies_are_refused(topology: str, message: str, tmp_path: Path) -> None:
@@ -152,10 +157,10 @@ def test_other_topologies_are_refused(topology: str, message: str, tmp_path: Pat
 
 @needs_libtpu
 def test_names_and_devices_of_topologies() -> None:
-    assert len(aot.topology_devices(Target("v7x:2x2x1"))) == 8
-    v4 = aot.topology_devices(Target("v4:2x2x1"))
+    assert len(topology_devices("v7x:2x2x1")) == 8
+    v4 = topology_devices("v4:2x2x1")
     assert [device.device_kind for device in v4] == ["TPU v4"] * 4
-    slices = [device.slice_index for device in aot.topology_devices(Target("v5e:2x2", slices=2))]
+    slices = [device.slice_index for device in topology_devices("v5e:2x2", 2)]
     assert slices == [0] * 4 + [1] * 4
 
 
@@ -174,13 +179,17 @@ def test_a_config_that_does_not_fit_the_topology_is_refused(tmp_path: Path) -> N
         attempt(tiny_autoencoder.get_config())
     with pytest.raises(ValueError, match="--step=draw: choose train, sample, autoencoder"):
         attempt(tiny_config(), "draw")
+    config = tiny_config()
+    config.sample.solver = "dopri5"
+    with pytest.raises(ValueError, match="--step=sample cannot count the loops of the solver 'dopri5'"):
+        attempt(config, "sample")
     assert not list(tmp_path.iterdir())
 
 
 def test_without_libtpu_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'libtpu: run `pip install "svg_jax\[aot\]"`'):
-        aot.topology_devices(Target("v5e:2x2"))
+        topology_devices("v5e:2x2")
 
 
 def test_a_mesh_on_the_command_line() -> None:
@@ -205,3 +214,17 @@ def test_the_door_ends_with_one_sentence(arguments: list[str], message: str) -> 
     assert (found.returncode, found.stdout) == (1, "")
     assert found.stderr.strip().startswith(message)
     assert "\n" not in found.stderr.strip()
+
+
+@needs_libtpu
+def test_stage_4_is_the_program_of_stage_3() -> None:
+    """They differ in what they read and in how long they run; so stage 3's report is that of both."""
+    devices = topology_devices("v5e:2x2")
+    texts = []
+    for stage in (stage3, stage4):
+        config = aot.with_batch(stage.get_config(), "train", 4)
+        mesh = make_mesh(config.mesh, devices)
+        program = train_program(config, mesh)
+        with jax.set_mesh(mesh):
+            texts.append(program.jit().lower(*program.arguments).as_text())
+    assert texts[0] == texts[1]

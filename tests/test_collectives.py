@@ -83,10 +83,10 @@ def test_every_kind_and_every_loop(mesh: Mesh) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("slices", [1, 2])
 def test_a_two_level_step_for_a_tpu_sends_the_least(slices: int, uncached: None) -> None:
-    from svg_jax.aot import Target, topology_devices
     from svg_jax.parallel import gathered, make_mesh
+    from svg_jax.topologies import topology_devices
 
-    devices = topology_devices(Target("v5e:2x4" if slices == 1 else "v5e:2x2", slices))
+    devices = topology_devices("v5e:2x4" if slices == 1 else "v5e:2x2", slices)
     mesh = make_mesh({"data": 2, "fsdp": 4}, devices)
     layers, width, hidden = 3, 512, 2048
 

@@ -16,7 +16,6 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from svg_jax.aot import Target, topology_devices
 from svg_jax.models.decoder import Decoder, DecoderConfig
 from svg_jax.models.gemma2 import Gemma2, Gemma2Config
 from svg_jax.models.next_dit import NextDiT, NextDiTConfig
@@ -33,6 +32,7 @@ from svg_jax.parallel import (
     to_devices,
     two_level,
 )
+from svg_jax.topologies import topology_devices
 from tests.vectors import assert_close
 
 MESH = {"fsdp": 4, "tensor": 2}
@@ -115,7 +115,7 @@ def test_only_data_crosses_from_node_to_node() -> None:
     ],
 )
 def test_every_mesh_can_be_laid_on_a_real_torus(topology: str, sizes: dict[str, int], shape: tuple[int, int]) -> None:
-    mesh = make_mesh(sizes, topology_devices(Target(topology)))
+    mesh = make_mesh(sizes, topology_devices(topology))
     assert (mesh.shape["data"], mesh.shape["fsdp"]) == shape
 
 

@@ -13,10 +13,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from svg_jax.aot import Target, topology_devices
 from svg_jax.nn.functional import Params
 from svg_jax.parallel import make_mesh, param_shardings, replicated
 from svg_jax.state import TrainState, adamw, learning_rate, on_device, state_shardings
+from svg_jax.topologies import topology_devices
 from tests.vectors import assert_close
 
 HYPER = {"b1": 0.9, "b2": 0.95, "eps": 1e-15, "weight_decay": 0.1, "clip": 2.0}
@@ -195,7 +195,7 @@ def test_an_average_on_the_hosts_is_sharded_as_the_parameters_are() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, of the extra 'aot'")
 def test_an_average_on_the_hosts_leaves_its_memory_on_a_tpu_to_others(uncached: None) -> None:
-    mesh = make_mesh({"fsdp": -1}, topology_devices(Target("v5e:2x2")))
+    mesh = make_mesh({"fsdp": -1}, topology_devices("v5e:2x2"))
     shapes = {"layers.kernel": jax.ShapeDtypeStruct((8, 1024, 1024), jnp.float32)}
     params_at = param_shardings(shapes, {"layers.kernel": ("layers", "embed", "mlp")}, mesh)
     create = functools.partial(TrainState.create, optimiser=optimiser(), key=jax.random.key(0))

@@ -22,6 +22,12 @@ LAYER_INPUT = "layer_input"
 _policies = jax.checkpoint_policies
 
 
+def _attention_results(primitive: Any, *args: Any, **params: Any) -> Any:
+    """What fused attention gave: by its name, or, inside JAX's own function for cuDNN, by the primitive's."""
+    named = _policies.save_only_these_names(RESULT)(primitive, *args, **params)
+    return named or "dot_product_attention_fwd" in primitive.name
+
+
 def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name != "sharding_constraint"
 
@@ -31,9 +37,9 @@ def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
 REMAT: dict[str, Callable[..., Any]] = {
     "none": _all_but_gathered,
     "dots": _policies.save_from_both_policies(  # keeps matrix products and attention, recomputes the rest
-        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(RESULT)
+        _policies.dots_with_no_batch_dims_saveable, _attention_results
     ),
-    "attention": _policies.save_only_these_names(RESULT),  # keeps what fused attention gave, and the layer's input
+    "attention": _attention_results,  # keeps what fused attention gave, and the layer's input
     "full": _policies.nothing_saveable,  # keeps the input of each layer only
     "offload": _policies.save_and_offload_only_these_names(  # keeps that in the memory of the host
         names_which_can_be_saved=[],

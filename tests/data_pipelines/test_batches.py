@@ -122,6 +122,13 @@ def test_processes_hold_slices_of_the_same_batches(data: Path, process_count: in
         assert sum(part["num_bad"] for part in parts) == expected["num_bad"]
 
 
+def test_every_process_knows_the_records_of_all(data: Path) -> None:
+    slices = [make(data, process_index=i, process_count=2) for i in range(2)]
+    for step in (0, 3):
+        records = [record for part in slices for record in part[step]["record"].tolist()]
+        assert slices[0].records(step) == slices[1].records(step) == records
+
+
 @pytest.mark.parametrize("num_threads", [0, 3])
 def test_a_loader_from_any_step_goes_on_as_if_uninterrupted(data: Path, num_threads: int) -> None:
     batches = make(data)
