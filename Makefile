@@ -12,6 +12,9 @@ WORKERS ?= 2
 TESTS ?=
 LONG ?=
 
+# Of what the Makefile runs: the test extra brings the TPU compiler, which would otherwise look for a TPU.
+export JAX_PLATFORMS ?= cpu
+
 VENV := .venv
 BIN := $(VENV)/bin
 

@@ -108,22 +108,22 @@ def temporary_bytes(backend: str, tokens: int) -> int:
 def memory() -> str:
     """The table; draws the figure."""
     plain, chunked = ([temporary_bytes(name, tokens) / 2**20 for tokens in LENGTHS] for name in ("xla", "chunked"))
-    # Copies of q, k, v and their gradients grow with the sequence; the blocks of logits are what is left of the memory.
-    per_token = (chunked[-1] - chunked[-2]) / (LENGTHS[-1] - LENGTHS[-2])
-    blocks = [total - per_token * tokens for total, tokens in zip(chunked, LENGTHS, strict=True)]
-    draw(plain, chunked, blocks)
+    arrays = [4 * (HEADS + KV_HEADS) * DIM * 4 * tokens / 2**20 for tokens in LENGTHS]
+    draw(plain, chunked, arrays)
     lines = [
-        f"One sample, forward and backward, {HEADS} heads on {KV_HEADS}, {DIM} channels, float32.",
+        f"One sample, forward and backward, {HEADS} heads on {KV_HEADS}, {DIM} channels, float32; beside arguments and "
+        "results. The arrays are q, k, v, the result, and their gradients.",
         "",
-        "| tokens | `xla` | `chunked` | of it blocks of logits | KiB a token |",
+        "| tokens | `xla` | `chunked` | the arrays themselves | `chunked` / arrays |",
         "|---|---|---|---|---|",
     ]
-    for row in zip(LENGTHS, plain, chunked, blocks, strict=True):
-        lines.append("| {:,} | {:,.0f} MiB | {:.0f} MiB | {:.0f} MiB | {:.0f} |".format(*row, row[2] * 1024 / row[0]))
+    for tokens, *sizes in zip(LENGTHS, plain, chunked, arrays, strict=True):
+        cells = " | ".join(f"{size:,.0f} MiB" for size in sizes)
+        lines.append(f"| {tokens:,} | {cells} | {sizes[1] / sizes[2]:.2f} |")
     return "\n".join(lines)
 
 
-def draw(plain: list[float], chunked: list[float], blocks: list[float]) -> None:
+def draw(plain: list[float], chunked: list[float], arrays: list[float]) -> None:
     """Memory against length, both logarithmic."""
     import matplotlib as mpl
 
@@ -133,12 +133,12 @@ def draw(plain: list[float], chunked: list[float], blocks: list[float]) -> None:
     figure, axes = pyplot.subplots(figsize=(6, 4.6), layout="constrained")
     axes.loglog(LENGTHS, plain, "o-", base=2, label="xla: all logits at once")
     axes.loglog(LENGTHS, chunked, "o-", base=2, label="chunked")
-    axes.loglog(LENGTHS, blocks, "o--", base=2, label="chunked, without arrays as long as the sequence")
+    axes.loglog(LENGTHS, arrays, "k--", base=2, label="q, k, v, the result and their gradients themselves")
     axes.set(
         xlabel="tokens", ylabel="MiB beside arguments and results", title="Attention, forward and backward, one sample"
     )
     axes.set_xticks(LENGTHS, [f"{tokens // 1024}k" for tokens in LENGTHS])
-    ticks = [2**i for i in range(4, 18, 2)]
+    ticks = [2**i for i in range(5, 18, 2)]
     axes.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", frameon=False)
