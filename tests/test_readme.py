@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from data_pipelines.text import SYSTEM_PROMPTS
 from svg_jax import sample
 from svg_jax.flow.paths import DIFFUSION_FORMS
@@ -26,3 +28,18 @@ def test_flags_of_the_sampling_commands_exist() -> None:
     commands = re.findall(r"python -m svg_jax\.sample (.*)", README)
     assert len(commands) == 2
     assert {flag for command in commands for flag in re.findall(r"--[a-z-]+", command)} <= known
+
+
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md", "launch/README.md"])
+def test_pages_are_finished_and_show_pictures_that_are_there(page: str) -> None:
+    path = Path(__file__).parents[1] / page
+    text = path.read_text()
+    assert not re.search(r"^[A-Z_]{4,}$|TODO|TBD", text, re.MULTILINE)
+    for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):
+        assert (path.parent / picture).is_file(), picture
+
+
+def test_the_table_of_meshes_has_every_stage_on_every_slice() -> None:
+    for stage in (1, 2, 3, 4):
+        for topology in ("v5e:16x16", "v5p:4x4x4", "v6e:16x16"):
+            assert re.search(rf"^\| [^|]*{stage}[^|]* \| {topology} \|", README, re.MULTILINE), (stage, topology)
