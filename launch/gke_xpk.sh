@@ -51,10 +51,11 @@ done
 [[ -n $cluster && -n $workload && -n $tpu_type ]] || fail "--cluster, --workload and --tpu-type are needed: see --help"
 (($#)) || fail "which command? gke_xpk.sh … -- COMMAND…"
 for option in num_slices max_restarts grace; do
-  [[ ${!option} =~ ^[0-9]+$ ]] || fail "--${option//_/-} is '${!option}': it must be a whole number"
+  [[ ${!option} =~ ^(0|[1-9][0-9]*)$ ]] || fail "--${option//_/-} is '${!option}': it must be a whole number"
 done
 
-command=$(quoted "$@")
+# xpk runs the command in a subshell and sends that one SIGTERM: only by `exec` is it the command itself that gets it.
+command="exec $(quoted "$@")"
 image=("--docker-image=$docker_image")
 if [[ -z $docker_image ]]; then
   image=("--base-docker-image=python:3.11" "--script-dir=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)")

@@ -28,7 +28,7 @@ fail() {
 }
 
 number() { # NAME VALUE LEAST
-  if ! [[ $2 =~ ^[0-9]+$ ]] || (($2 < $3)); then
+  if ! [[ $2 =~ ^(0|[1-9][0-9]*)$ ]] || (($2 < $3)); then
     fail "$1 is '$2': it must be a whole number from $3 on"
   fi
 }
@@ -76,8 +76,9 @@ if [[ -n $dry_run ]]; then
 fi
 
 how() { # CODE
-  if (($1 > 128)); then
-    echo "was killed by SIG$(kill -l "$1")"
+  local signal
+  if (($1 > 128)) && signal=$(kill -l "$1" 2>/dev/null); then
+    echo "was killed by SIG$signal"
   elif (($1 == EXIT_PREEMPTED)); then
     echo "was preempted: it saved and ended"
   else

@@ -8,10 +8,10 @@ launch/tpu_vm.sh run --name NAME --zone ZONE --type TYPE [OPTIONS] -- COMMAND…
 launch/tpu_vm.sh logs|stop|delete --name NAME --zone ZONE [OPTIONS]
 
 run     asks for the slice as a queued resource, or reuses it; copies what is committed here and installs it on all
-        workers; starts COMMAND on all of them and follows the log of the first. Goes on after a preemption: a slice that is gone
-        is asked for again. Losing this terminal ends nothing: the same line follows the run again.
+        workers; starts COMMAND on all of them and follows the log of the first. 30 s after a preemption it goes on: a
+        slice that is gone is asked for again. Losing this terminal ends nothing: the same line follows the run again.
 logs    follows the log of the first worker
-stop    has the run save and end (SIGTERM)
+stop    has the run save and end (SIGTERM); a terminal that follows it ends too
 delete  gives the slice back
 
   --type TYPE       accelerator, such as v5litepod-256, v5p-128 or v6e-256
@@ -22,12 +22,14 @@ delete  gives the slice back
   --restarts K      start again up to K times after a failure that was no preemption (0)
   --dry-run         print every gcloud command of a run that is preempted once
 
-Exit code: that of COMMAND on the first worker.
+Exit code: that of COMMAND on the first worker (75 if it was stopped), or 2 if gcloud refuses.
 EOF
 }
 
 readonly EXIT_PREEMPTED=75
 readonly REMOTE=svg_jax_run # folder on the workers
+readonly PAUSE=30           # seconds between two looks at the slice, and before a restart
+readonly TRIES=10           # failures of gcloud in a row that may pass, once it has given a slice
 
 fail() {
   echo "error: $*" >&2
@@ -65,7 +67,7 @@ case $action in
 esac
 [[ -n $name && -n $zone ]] || fail "$action needs --name and --zone"
 [[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices is '$slices': it must be a whole number from 1 on"
-[[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts is '$restarts': it must be a whole number from 0 on"
+[[ $restarts =~ ^(0|[1-9][0-9]*)$ ]] || fail "--restarts is '$restarts': it must be a whole number from 0 on"
 [[ -z $spot || -z $reserved ]] || fail "--spot and --reserved exclude each other"
 
 case $type in # the software that Google names for each generation
@@ -101,20 +103,17 @@ tpus() { # ARGUMENTS…
   fi
 }
 
-ask() { # ANSWER-OF-A-DRY-RUN ARGUMENTS…
-  local answer=$1
-  shift
-  if [[ -n $dry_run ]]; then
-    tpus "$@"
-    echo "$answer"
-  else
-    tpus "$@" 2>/dev/null || true
-  fi
+pause() {
+  [[ -n $dry_run ]] || sleep "$PAUSE"
+}
+
+on_first() { # COMMAND: on the first worker of the first slice
+  tpus tpu-vm ssh "${nodes[0]}" --worker=0 --command="$1"
 }
 
 everywhere() { # COMMAND: on all workers of all slices
   local node
-  for node in "${nodes[@]}"; do tpus tpu-vm ssh "$node" --worker=all --command="$1"; done
+  for node in "${nodes[@]}"; do tpus tpu-vm ssh "$node" --worker=all --command="$1" || return; done
 }
 
 create() {
@@ -133,29 +132,68 @@ delete() {
   tpus queued-resources delete "$name" --force --quiet
 }
 
-get_slice() { # STATE-OF-A-DRY-RUN: waits until it is there; sets `fresh` if it was made now
-  local state pretended=$1
-  fresh=''
+describe() { # STATE-OF-A-DRY-RUN: the state of the slice, or ABSENT
+  local messages state
+  if [[ -n $dry_run ]]; then
+    tpus queued-resources describe "$name" '--format=value(state.state)'
+    echo "$1"
+    return
+  fi
+  messages=$(mktemp)
+  if state=$(tpus queued-resources describe "$name" '--format=value(state.state)' 2>"$messages"); then
+    echo "$state"
+  elif grep -q NOT_FOUND "$messages"; then
+    echo ABSENT
+  else
+    cat "$messages" >&2
+    rm "$messages"
+    return 1
+  fi
+  rm "$messages"
+}
+
+fresh=''               # the slice was made by this script, and nothing is installed on it yet
+failures=0 tolerated=0 # of gcloud, in a row
+failed() { # WHAT
+  ((failures++ < tolerated)) || fail "$1 (gcloud's message stands above)"
+  echo "$1: trying again in $PAUSE s" >&2
+}
+
+get_slice() { # STATE-OF-A-DRY-RUN: waits until it is there
+  local state pretended=$1 made=0
   while true; do
-    state=$(ask "$pretended" queued-resources describe "$name" '--format=value(state.state)')
+    state=$(describe "$pretended") || state=UNKNOWN
     case $state in
-      ACTIVE) return ;;
-      '') create && fresh=1 ;;
-      FAILED | SUSPENDED | SUSPENDING) # it was preempted, or never came
-        delete
-        create && fresh=1
+      ACTIVE)
+        failures=0 tolerated=$TRIES
+        return
         ;;
-      *) echo "slice $name: $state" >&2 ;;
+      UNKNOWN) failed "cannot ask for the state of slice $name" ;;
+      ABSENT | FAILED | SUSPENDED | SUSPENDING) # it is not there yet, was preempted, or cannot be had
+        if [[ $state == FAILED ]] && ((made >= 3)); then
+          fail "slice $name was made $made times and failed: 'gcloud compute tpus queued-resources describe' says why"
+        elif [[ $state != ABSENT ]] && ! delete; then
+          failed "cannot delete slice $name, which is $state"
+        else
+          fresh=1 # even if this fails here: the request may have arrived
+          if create; then made=$((made + 1)); else failed "cannot create slice $name"; fi
+        fi
+        ;;
+      *)
+        failures=0 tolerated=$TRIES
+        echo "slice $name: $state" >&2
+        ;;
     esac
     pretended=ACTIVE
-    [[ -n $dry_run ]] || sleep 30
+    pause
   done
 }
 
 install() {
   local archive=/tmp/$REMOTE.tgz node
-  [[ -n $dry_run ]] || git -C "$(dirname "${BASH_SOURCE[0]}")/.." archive --format=tgz --output="$archive" HEAD
-  for node in "${nodes[@]}"; do tpus tpu-vm scp "$archive" "$node:" --worker=all; done
+  [[ -n $dry_run ]] ||
+    git -C "$(dirname "${BASH_SOURCE[0]}")/.." archive --format=tgz --output="$archive" HEAD || return
+  for node in "${nodes[@]}"; do tpus tpu-vm scp "$archive" "$node:" --worker=all || return; done
   # The machines come with an older Python.
   everywhere "mkdir -p $REMOTE && tar -xzf $REMOTE.tgz -C $REMOTE && curl -LsSf https://astral.sh/uv/install.sh | sh \
 && cd $REMOTE && ~/.local/bin/uv venv --clear --python 3.11 && ~/.local/bin/uv pip install -e '.[tpu]'"
@@ -164,39 +202,68 @@ install() {
 start() { # COMMAND…: detached, so that it outlives this terminal
   local script
   script=". .venv/bin/activate; $(quoted "$@"); echo \$? >run.exit"
-  everywhere "cd $REMOTE && rm -f run.exit && (setsid nohup bash -c ${script@Q} >run.log 2>&1 </dev/null &)"
+  everywhere "cd $REMOTE && rm -f run.exit run.stopped && (setsid nohup bash -c ${script@Q} >run.log 2>&1 </dev/null &)"
+}
+
+prepare() { # COMMAND…
+  install && start "$@" && fresh=''
 }
 
 follow() {
-  tpus tpu-vm ssh "${nodes[0]}" --worker=0 \
-    --command="cd $REMOTE && (tail -n 100 -F run.log & until [ -e run.exit ]; do sleep 5; done; kill \$!)" || true
+  on_first "cd $REMOTE && (tail -n 100 -F run.log & until [ -e run.exit ]; do sleep 5; done; kill \$!)" || true
 }
 
-running() {
-  [[ -z $dry_run ]] && tpus tpu-vm ssh "${nodes[0]}" --worker=0 \
-    --command="test ! -e $REMOTE/run.exit && pgrep -u \$USER python" >/dev/null 2>&1
+# How the run stands on the first worker: `running`, its exit code (a second line says `stopped` if it was), `absent`
+# where a machine was started anew, or nothing: the machine is gone, or only the connection to it.
+look() { # ANSWER-OF-A-DRY-RUN
+  local command="if [ -e $REMOTE/run.exit ]; then cat $REMOTE/run.exit $REMOTE/run.stopped; \
+elif pgrep -u \$USER python >/dev/null; then echo running; else echo absent; fi"
+  if [[ -n $dry_run ]]; then
+    on_first "$command"
+    echo "$1"
+  else
+    on_first "$command" 2>/dev/null || true
+  fi
 }
 
 case $action in
   logs) follow ;;
-  stop) everywhere "pkill -TERM -u \$USER python" ;;
+  stop) # The mark comes first, so that a terminal that follows the run finds it when the run has ended.
+    on_first "echo stopped >$REMOTE/run.stopped"
+    everywhere "pkill -TERM -u \$USER python || echo nothing runs on \$HOSTNAME"
+    ;;
   delete) delete ;;
   run)
-    get_slice ''
-    running || { install && start "$@"; }
+    get_slice ABSENT
+    if [[ -n $fresh || $(look absent) != *running ]]; then
+      prepare "$@" || fail "cannot install and start the run on slice $name (gcloud's message stands above)"
+    fi
     pretended=$EXIT_PREEMPTED
     while true; do
       follow
-      code=$(ask "$pretended" tpu-vm ssh "${nodes[0]}" --worker=0 --command="cat $REMOTE/run.exit")
-      [[ $code != 0 ]] || exit 0
-      if [[ -n $code && $code != "$EXIT_PREEMPTED" ]] && ((restarts-- <= 0)); then
-        exit "$code"
-      fi
-      # No code: the machine is gone, or only the connection to it.
-      echo "the run ended (${code:-the first worker does not answer}): going on with it" >&2
-      [[ -n $dry_run ]] || sleep 30
+      found=$(look "$pretended")
+      case $found in
+        0*) exit 0 ;;
+        *stopped)
+          echo "the run was stopped: the same line goes on with it" >&2
+          exit "${found%%$'\n'*}"
+          ;;
+        running | '') reason="the first worker does not answer" ;;
+        absent) reason="the first worker was started anew" ;;
+        "$EXIT_PREEMPTED") reason="the run was preempted" ;;
+        *)
+          ((restarts-- > 0)) || exit "$found"
+          reason="the run ended with code $found"
+          ;;
+      esac
+      echo "$reason: going on in $PAUSE s" >&2
+      pause
       get_slice SUSPENDED
-      running || { { [[ -z $fresh ]] || install; } && start "$@"; } || echo "that did not work: trying again" >&2
+      if [[ -n $fresh ]]; then
+        prepare "$@" || echo "that did not work: trying again" >&2
+      elif [[ -n $found && $found != running && $(look "$found") == "$found" ]]; then # nobody stopped it meanwhile
+        start "$@" || echo "that did not work: trying again" >&2
+      fi
       pretended=0
     done
     ;;

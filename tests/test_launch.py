@@ -14,6 +14,7 @@ import pytest
 LAUNCH = Path(__file__).parents[1] / "launch"
 SCRIPTS = ("local_cluster.sh", "tpu_vm.sh", "gke_xpk.sh", "slurm.sbatch")
 COMMAND = ("python", "-m", "svg_jax.train", "--workdir=gs://bucket/run", "--config.model.axes_dims=(4, 2, 2)")
+WORKLOAD = ("--cluster", "c", "--workload", "w", "--tpu-type", "v4-8")
 SLICE = ("--name", "run", "--zone", "us-west4-a", "--type", "v5litepod-256")
 
 
@@ -46,6 +47,8 @@ def test_shellcheck_finds_nothing(script: str) -> None:
         ("local_cluster.sh", ["two", "--", "true"], "N is 'two'"),
         ("local_cluster.sh", ["2"], "which command?"),
         ("local_cluster.sh", ["2", "--devices", "0", "--", "true"], "--devices is '0'"),
+        ("local_cluster.sh", ["2", "--devices", "08", "--", "true"], "--devices is '08'"),
+        ("local_cluster.sh", ["02", "--", "true"], "N is '02'"),
         ("local_cluster.sh", ["2", "--device", "2", "--", "true"], "unknown option --device"),
         ("local_cluster.sh", ["2", "true"], "'true' comes where -- was expected"),
         ("tpu_vm.sh", [], "what to do?"),
@@ -54,10 +57,12 @@ def test_shellcheck_finds_nothing(script: str) -> None:
         ("tpu_vm.sh", ["run", "--name", "a", "--zone", "b", "--", "true"], "needs --type"),
         ("tpu_vm.sh", ["run", "--name", "a", "--zone", "b", "--type", "v9-8", "--", "true"], "'v9-8' is not known"),
         ("tpu_vm.sh", ["run", *SLICE, "--slices", "0", "--", "true"], "--slices is '0'"),
+        ("tpu_vm.sh", ["run", *SLICE, "--restarts", "08", "--", "true"], "--restarts is '08'"),
         ("tpu_vm.sh", ["run", *SLICE, "--spot", "--reserved", "--", "true"], "exclude each other"),
         ("tpu_vm.sh", ["run", *SLICE], "which command?"),
         ("gke_xpk.sh", ["--cluster", "c"], "--cluster, --workload and --tpu-type are needed"),
         ("gke_xpk.sh", ["--cluster", "c", "--workload", "w", "--tpu-type", "v4-8"], "which command?"),
+        ("gke_xpk.sh", [*WORKLOAD, "--max-restarts", "08", "--", "true"], "--max-restarts is '08'"),
         ("gke_xpk.sh", ["--cluster"], "--cluster needs a value"),
         ("slurm.sbatch", [], "which command?"),
         ("slurm.sbatch", ["true"], "no Slurm job"),
@@ -113,6 +118,21 @@ def test_local_cluster_tells_a_preemption_from_a_failure() -> None:
     assert result.returncode == 76
 
 
+@pytest.mark.parametrize(
+    ("code", "how"),
+    [
+        ("5", "ended with exit code 5"),
+        ("137", "was killed by SIGKILL"),
+        ("200", "ended with exit code 200"),
+        ("255", "ended with exit code 255"),
+    ],
+)
+def test_local_cluster_takes_only_signals_for_signals(code: str, how: str) -> None:
+    result = launch("local_cluster.sh", "1", "--", "bash", "-c", f"exit {code}")
+    assert result.returncode == int(code)
+    assert result.stderr == f"process 0 of 1 {how}\n"
+
+
 @pytest.mark.parametrize("slices", [1, 2])
 def test_tpu_vm_asks_installs_runs_and_resumes(slices: int) -> None:
     lines = dry_run("tpu_vm.sh", "run", *SLICE, "--spot", "--slices", str(slices), "--dry-run", "--", *COMMAND)
@@ -157,8 +177,7 @@ def test_tpu_vm_goes_on_after_a_preemption_and_ends_with_the_code_of_the_run(tmp
         case "$*" in
           *"queued-resources create"*) echo ACTIVE >state ;;
           *"queued-resources delete"*) rm state ;;
-          *"queued-resources describe"*) cat state 2>/dev/null ;;
-          *"pgrep"*) exit 1 ;;
+          *"queued-resources describe"*) cat state 2>/dev/null || {{ echo NOT_FOUND >&2; exit 1; }} ;;
           *"cat svg_jax_run/run.exit"*)
             if [ -e preempted ]; then echo 3; else touch preempted; echo SUSPENDED >state; exit 255; fi ;;
         esac""",
@@ -166,10 +185,121 @@ def test_tpu_vm_goes_on_after_a_preemption_and_ends_with_the_code_of_the_run(tmp
     path = f"{tmp_path}:{os.environ['PATH']}"
     result = launch("tpu_vm.sh", "run", *SLICE, "--", *COMMAND, PATH=path)
     assert result.returncode == 3
-    assert "the first worker does not answer" in result.stderr
+    assert "the first worker does not answer: going on in 30 s" in result.stderr
     done = [line for line in calls(tmp_path) if "queued-resources" in line or "setsid" in line]
     words = [next(word for word in ("create", "delete", "describe", "setsid") if word in line) for line in done]
     assert [word for word in words if word != "describe"] == ["create", "setsid", "delete", "create", "setsid"]
+
+
+def fake_worker(folder: Path, events: str) -> str:
+    """The path with a gcloud for which the slice is there, and `folder` is the home of its first worker.
+
+    What is to run there runs, but for installing, COMMAND, `pkill` and `tail`; SIGTERM ends the run with 75.
+
+    Args:
+        folder: Where the programs and the files of the worker stand.
+        events: What happens while a terminal follows the run: its n-th time in $n.
+    """
+    (folder / "svg_jax_run").mkdir()
+    (folder / "svg_jax_run" / "run.exit").write_text("0\n")  # of an earlier run
+    for name in ("sleep", "git", "pgrep"):
+        fake(folder, name, "")
+    fake(
+        folder,
+        "gcloud",
+        f"""
+        cd {folder}
+        for word; do case $word in --command=*) command=${{word#--command=}} ;; esac; done
+        case "$*" in
+          *"queued-resources describe"*) echo ACTIVE ;;
+          *uv*) ;;
+          *setsid*) bash -c "${{command%%(setsid*}} true" ;;
+          *tail*) n=$(grep -c tail calls); {events} ;;
+          *pkill*) echo 75 >svg_jax_run/run.exit ;;
+          *ssh*) bash -c "$command" ;;
+        esac""",
+    )
+    return f"{folder}:{os.environ['PATH']}"
+
+
+def test_tpu_vm_stop_ends_a_run_that_a_terminal_follows(tmp_path: Path) -> None:
+    """Stopped from another terminal; the same line then goes on with it, to its end."""
+    stop = f"bash {LAUNCH / 'tpu_vm.sh'} stop --name run --zone us-west4-a"
+    path = fake_worker(tmp_path, f"if ((n == 1)); then {stop}; else echo 0 >svg_jax_run/run.exit; fi")
+    result = launch("tpu_vm.sh", "run", *SLICE, "--", *COMMAND, PATH=path)
+    assert result.returncode == 75
+    assert result.stderr == "the run was stopped: the same line goes on with it\n"
+    assert sum("setsid" in call for call in calls(tmp_path)) == 1
+    assert (tmp_path / "svg_jax_run" / "run.stopped").exists()
+    result = launch("tpu_vm.sh", "run", *SLICE, "--", *COMMAND, PATH=path)
+    assert result.returncode == 0
+    assert not (tmp_path / "svg_jax_run" / "run.stopped").exists()
+
+
+def test_tpu_vm_stop_holds_in_the_pause_before_a_restart_too(tmp_path: Path) -> None:
+    path = fake_worker(tmp_path, "echo 75 >svg_jax_run/run.exit")
+    fake(tmp_path, "sleep", f"echo stopped >{tmp_path}/svg_jax_run/run.stopped")
+    result = launch("tpu_vm.sh", "run", *SLICE, "--", *COMMAND, PATH=path)
+    assert result.returncode == 75
+    assert sum("setsid" in call for call in calls(tmp_path)) == 1
+
+
+def test_tpu_vm_pauses_before_it_starts_a_preempted_run_again(tmp_path: Path) -> None:
+    """A notice of maintenance that stands: the run ends with 75 as soon as it has started, three times."""
+    path = fake_worker(tmp_path, "echo $((n > 3 ? 0 : 75)) >svg_jax_run/run.exit")
+    result = launch("tpu_vm.sh", "run", *SLICE, "--", *COMMAND, PATH=path)
+    assert result.returncode == 0
+    assert result.stderr == "the run was preempted: going on in 30 s\n" * 3
+    words = [call.split()[0] if "setsid" not in call else "start" for call in calls(tmp_path)]
+    assert [word for word in words if word in ("start", "sleep")] == ["start", *["sleep", "start"] * 3]
+
+
+@pytest.mark.parametrize(
+    ("describe", "create", "message"),
+    [
+        ("UNAUTHENTICATED: no login", "", "error: cannot ask for the state of slice run"),
+        ("NOT_FOUND: no slice", "RESOURCE_EXHAUSTED: no quota", "error: cannot create slice run"),
+    ],
+)
+def test_tpu_vm_ends_when_gcloud_refuses(tmp_path: Path, describe: str, create: str, message: str) -> None:
+    fake(tmp_path, "sleep", "")
+    fake(
+        tmp_path,
+        "gcloud",
+        f"""case "$*" in *describe*) echo "{describe}" ;; *create*) echo "{create}" ;; esac >&2; exit 1""",
+    )
+    result = launch("tpu_vm.sh", "run", *SLICE, "--", *COMMAND, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert result.returncode == 2
+    assert result.stderr == f"{create or describe}\n{message} (gcloud's message stands above)\n"
+    assert not any("sleep" in call for call in calls(tmp_path))
+
+
+def test_tpu_vm_ends_when_the_slice_fails_again_and_again(tmp_path: Path) -> None:
+    fake(tmp_path, "sleep", "")
+    fake(tmp_path, "gcloud", 'case "$*" in *describe*) echo FAILED ;; esac')
+    result = launch("tpu_vm.sh", "run", *SLICE, "--", *COMMAND, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: slice run was made 3 times and failed")
+    assert sum(" create " in call for call in calls(tmp_path)) == 3
+
+
+@pytest.mark.parametrize(("broken", "code"), [(9, 0), (99, 2)])
+def test_tpu_vm_bears_with_a_network_that_fails_for_a_while(tmp_path: Path, broken: int, code: int) -> None:
+    """The network fails after a preemption: `describe` fails `broken` times in a row."""
+    path = fake_worker(tmp_path, "echo $((n == 1 ? 75 : 0)) >svg_jax_run/run.exit")
+    (tmp_path / "gcloud").rename(tmp_path / "working")
+    (tmp_path / "gcloud").write_text(f"""#!/bin/bash
+        case "$*" in *describe*)
+          echo >>{tmp_path}/asked
+          n=$(wc -l <{tmp_path}/asked)
+          ((n == 1 || n > 1 + {broken})) || {{ echo "UNAVAILABLE: no network" >&2; exit 1; }} ;;
+        esac
+        exec {tmp_path}/working "$@" """)
+    (tmp_path / "gcloud").chmod(0o755)
+    result = launch("tpu_vm.sh", "run", *SLICE, "--", *COMMAND, PATH=path)
+    assert result.returncode == code
+    assert result.stderr.count("UNAVAILABLE") == min(broken, 11)
+    assert ("error: cannot ask for the state of slice run" in result.stderr) == (code == 2)
 
 
 def test_gke_restarts_a_preempted_run() -> None:
@@ -182,15 +312,13 @@ def test_gke_restarts_a_preempted_run() -> None:
         "--cluster=c", "--workload=w", "--tpu-type=v5litepod-256", "--num-slices=2", "--docker-image=image",
         "--max-restarts=10", "--restart-on-user-code-failure", "--termination-grace-period-seconds=120", "--project=p",
     } <= set(words)  # fmt: skip
-    assert shlex.split(words[-1].removeprefix("--command=")) == list(COMMAND)
+    assert shlex.split(words[-1].removeprefix("--command=")) == ["exec", *COMMAND]  # so that SIGTERM reaches it
 
 
 def test_gke_installs_the_working_tree_where_no_image_is_given() -> None:
-    (words,) = dry_run(
-        "gke_xpk.sh", "--cluster", "c", "--workload", "w", "--tpu-type", "v4-8", "--dry-run", "--", *COMMAND
-    )
+    (words,) = dry_run("gke_xpk.sh", *WORKLOAD, "--dry-run", "--", *COMMAND)
     assert f"--script-dir={LAUNCH.parent}" in words
-    assert words[-1].startswith("--command=pip install -e '.[tpu]' && python -m svg_jax.train")
+    assert words[-1].startswith("--command=pip install -e '.[tpu]' && exec python -m svg_jax.train")
 
 
 def test_slurm_runs_one_process_a_gpu() -> None:
@@ -212,3 +340,9 @@ def test_slurm_queues_a_preempted_run_again(tmp_path: Path, code: int, restarted
     result = launch("slurm.sbatch", "true", PATH=path, SLURM_JOB_ID="7", SLURM_RESTART_COUNT=str(restarted))
     assert result.returncode == code
     assert ("scontrol requeue 7" in calls(tmp_path)) == requeued
+
+
+def test_slurm_refuses_a_number_of_restarts_that_is_none() -> None:
+    result = launch("slurm.sbatch", "--dry-run", "true", RESTARTS="08")
+    assert result.returncode == 2
+    assert result.stderr == "error: RESTARTS is '08': it must be a whole number from 0 on\n"
