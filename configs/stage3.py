@@ -4,7 +4,7 @@ python -m svg_jax.train --config=configs/stage3.py --workdir=gs://BUCKET/stage3 
     --config.data.path=train.jsonl --config.autoencoder.checkpoint=weights/autoencoder_p \
     --config.text.checkpoint=weights/gemma2_2b --config.text.tokenizer=weights/gemma2_2b_tokenizer
 
-Hardware: as stage 1; 4,096 image tokens a sample.
+Hardware: 4,096 image tokens a sample; a TPU v5e-256 takes 7.8 of its 15.8 GiB a chip (svg_jax.aot).
 Expected: the release had 15M images here and publishes no losses. Ours: none yet.
 """
 
