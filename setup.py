@@ -7,7 +7,9 @@ DEPENDENCIES = [
     "etils[epath]>=1.15.0",  # one path type for local folders and gs:// buckets
     "flax>=0.12.8",  # networks (NNX)
     "grain>=0.2.18",  # the input pipeline: deterministic, several workers, several hosts
-    "jax>=0.10.2",  # everything that runs on a device; CPU unless an extra below brings an accelerator
+    # Everything that runs on a device; CPU unless an extra below brings an accelerator. The next minor release may move
+    # what svg_jax.distributed uses of jax._src and jaxlib._jax: run tests/test_distributed.py before raising the bound.
+    "jax>=0.10.2,<0.11",
     "jaxtyping>=0.3.11",  # array shapes in signatures
     "ml_collections>=1.1.0",  # configs that any flag can override
     "jinja2>=3.1.6",  # the pages: galleries, the demo's report
@@ -25,12 +27,12 @@ DEPENDENCIES = [
 EXTRAS = {
     # Accelerators. Without one of these two, JAX runs on the CPU.
     "tpu": [
-        "jax[tpu]>=0.10.2",  # libtpu
+        "jax[tpu]>=0.10.2,<0.11",  # libtpu
         "etils[epath-gcs]>=1.15.0",  # workdirs on gs:// without TensorFlow
     ],
-    "cuda": ["jax[cuda13]>=0.10.2"],  # CUDA 13 and cuDNN from wheels; the NVIDIA driver must be 580 or newer
-    # The TPU compiler, for svg_jax.aot: runs on any Linux machine, without a TPU. Its release goes with jaxlib's.
-    "aot": ["libtpu>=0.0.42"],
+    "cuda": ["jax[cuda13]>=0.10.2,<0.11"],  # CUDA 13 and cuDNN from wheels; the NVIDIA driver must be 580 or newer
+    # The TPU compiler (libtpu, of the release that goes with jaxlib) for svg_jax.aot: runs on any Linux machine.
+    "aot": ["jax[tpu]>=0.10.2,<0.11"],
     # Data sets of TensorFlow Datasets, read through their ArrayRecord data source: no TensorFlow, and imported only
     # by the run that names such a data set.
     "tfds": ["tensorflow-datasets>=4.9.10"],

@@ -247,6 +247,27 @@ def test_a_workdir_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> Non
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("problem", [MemoryError(), ValueError("RESOURCE_EXHAUSTED: out of memory")], ids=repr)
+def test_a_checkpoint_that_does_not_fit_in_memory_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: Exception
+) -> None:
+    def too_large(*args: object, **kwargs: object) -> None:
+        raise problem
+
+    abstract, make = create(make_mesh({"fsdp": 8}))
+    save(tmp_path, make(), 1, 2)
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", too_large)
+    with pytest.raises(type(problem)) as error:
+        restore(tmp_path, abstract)
+    assert error.value is problem
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+
+def test_without_milestones_the_last_ones_are_kept(tmp_path: Path) -> None:
+    save(tmp_path, create(make_mesh({"fsdp": 8}))[1](), 2, 4, 6, keep=1, keep_every=0)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["6"]
+
+
 def test_the_last_ones_and_the_milestones_are_kept(tmp_path: Path) -> None:
     state = create(make_mesh({"fsdp": 8}))[1]()
     save(tmp_path, state, 2, 4, 5, 6, 6, keep=2, keep_every=4)

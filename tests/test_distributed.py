@@ -18,7 +18,7 @@ import jax
 import pytest
 
 from svg_jax import distributed
-from svg_jax.distributed import EXIT_LOST, Place, initialise
+from svg_jax.distributed import EXIT_LOST, EXIT_PREEMPTED, Place, initialise
 from tests.cluster import PATIENCE, ROOT, job
 
 
@@ -42,6 +42,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ({"coordinator": "host", "num_processes": 2, "process_id": 0}, "coordinator is 'host': it must be host:port"),
         ({"coordinator": "host:1", "num_processes": 2, "process_id": 2}, "process_id is 2 of 2 processes"),
         ({"coordinator": "host:1", "num_processes": 2, "process_id": -1}, "process_id is -1"),
+        ({"coordinator": "host:1", "num_processes": 0, "process_id": 0}, "num_processes is 0: it must be at least 1"),
         ({"timeout": 0.0}, "config.cluster.timeout 0.0 .* must be above zero"),
     ],
 )
@@ -112,16 +113,21 @@ def test_settings_come_before_the_environment(monkeypatch: pytest.MonkeyPatch) -
     assert distributed._named(named) == Place(2, 3, "host:1")
 
 
-def test_a_maintenance_notice_is_a_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_maintenance_notice_is_a_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that stands from the beginning is not, nor is an answer that is none."""
     asked: list[str] = []
+    answers = [b"TERMINATE_ON_HOST_MAINTENANCE"] * 2 + [b"", b"NONE", b"TERMINATE_ON_HOST_MAINTENANCE"]
 
     class Metadata(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             asked.append(self.path)
             assert self.headers["Metadata-Flavor"] == "Google"
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(b"NONE" if len(asked) < 3 else b"TERMINATE_ON_HOST_MAINTENANCE")
+            if answer := answers[len(asked) - 1]:
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(answer)
+            else:
+                self.wfile.write(b"no HTTP\r\n")
 
         def log_message(self, *_: object) -> None: ...
 
@@ -131,7 +137,7 @@ def test_a_maintenance_notice_is_a_sigterm(monkeypatch: pytest.MonkeyPatch) -> N
     initialise(None)
     distributed.heed_maintenance(every=0.01)
     server.shutdown()
-    assert len(asked) == 3
+    assert len(asked) == len(answers)
     assert asked[0] == "/computeMetadata/v1/instance/maintenance-event"
     assert distributed.preempted(1)
 
@@ -209,6 +215,51 @@ def test_an_error_in_one_sentence_is_told_to_all(tmp_path: Path) -> None:
     assert "error: process 1 of 2 failed: bad records: this job ends" in logs[0]
 
 
+def test_only_the_first_process_writes_the_log(tmp_path: Path) -> None:
+    script = """
+import logging
+logging.basicConfig()
+logging.getLogger("svg_jax").info("told by %d", me)
+logging.getLogger("svg_jax").warning("warned by %d", me)
+"""
+    level = "import logging\nlogging.getLogger('svg_jax').setLevel(logging.INFO)\n"
+    (tmp_path / "job.py").write_text(level + PREAMBLE + script)
+    with job(tmp_path, 2, [sys.executable, str(tmp_path / "job.py")]) as started:
+        assert started.wait(PATIENCE) == 0
+    logs = [(tmp_path / f"{index}.log").read_text() for index in (0, 1)]
+    assert ["told by" in log for log in logs] == [True, False]
+    assert ["warned by" in log for log in logs] == [True, True]
+
+
+@pytest.mark.parametrize("code", [0, EXIT_PREEMPTED])
+def test_a_process_that_is_done_keeps_its_exit_code_where_another_never_ends(code: int, free_port: int) -> None:
+    script = f"""
+from jax.experimental import multihost_utils
+distributed.barrier("both", 60)
+if me == 1:
+    os.kill(os.getpid(), signal.SIGSTOP)
+multihost_utils.reached_preemption_sync_point = lambda step: bool({code})
+distributed.preempted(1)
+raise SystemExit({code})
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", PREAMBLE + script], env=of(i, 2, free_port), cwd=ROOT)
+                 for i in (0, 1)]  # fmt: skip
+    try:
+        assert processes[0].wait(PATIENCE) == code
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def of(index: int, processes: int, port: int) -> dict[str, str]:
+    """The environment of one process of a job."""
+    address = f"127.0.0.1:{port}"
+    return os.environ | {
+        "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(index),
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("started", "message"),
     [
@@ -220,10 +271,7 @@ def test_who_is_missing_at_the_start_is_one_sentence(started: tuple[int, ...], m
     script = "from svg_jax import distributed; distributed.initialise({'start_timeout': 3.0})"
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", script],
-            env=os.environ
-            | {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port}", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": str(i)},
-            stderr=subprocess.PIPE, text=True, cwd=ROOT,
+            [sys.executable, "-c", script], env=of(i, 3, free_port), stderr=subprocess.PIPE, text=True, cwd=ROOT
         )
         for i in started
     ]  # fmt: skip
@@ -241,30 +289,79 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_what_one_cannot_read_none_restores(tmp_path: Path) -> None:
-    """Process 1 fails to read its share of the newest checkpoint: both take the one before, and set that one aside."""
-    code, logs = cluster(
-        tmp_path,
-        2,
-        f"""
-import dataclasses, functools, logging
+STATE = """
+import dataclasses, functools, logging, resource
 import jax.numpy as jnp
 import numpy as np
 import optax
-from svg_jax import checkpoint
+from svg_jax import checkpoint, config
 from svg_jax.parallel import make_mesh, param_shardings
 from svg_jax.state import TrainState, adamw, state_shardings
 
 logging.basicConfig()
 mesh = make_mesh({{"fsdp": -1}})
-shapes = {{"dense.kernel": jax.ShapeDtypeStruct((16, 8), jnp.float32)}}
+shapes = {{"dense.kernel": jax.ShapeDtypeStruct(({size}, {size}), jnp.float32)}}
 at = param_shardings(shapes, {{"dense.kernel": ("embed", "mlp")}}, mesh)
 optimiser = adamw(optax.constant_schedule(1e-2), b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip=1.0)
 create = functools.partial(TrainState.create, optimiser=optimiser, key=jax.random.key(5))
 state_at = state_shardings(jax.eval_shape(create, shapes), at, mesh)
-params = jax.jit(lambda: {{"dense.kernel": jnp.arange(128.0).reshape(16, 8)}}, out_shardings=at)()
+values = jnp.arange(float({size} ** 2)).reshape({size}, {size})
+params = jax.device_put({{"dense.kernel": np.asarray(values)}}, at)
 state = jax.jit(create, out_shardings=state_at)(params)
 abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+"""
+
+
+@pytest.mark.parametrize(("processes", "full"), [(1, 0), (2, 0), (2, 1)])
+def test_a_disk_that_is_full_for_one_ends_all_with_one_sentence(tmp_path: Path, processes: int, full: int) -> None:
+    """While the save runs in the background, and all are at work."""
+    code, logs = cluster(
+        tmp_path,
+        processes,
+        STATE.format(size=512)
+        + f"""
+with config.one_sentence(OSError), checkpoint.Checkpoints({str(tmp_path / "run")!r}) as checkpoints:
+    if me == {full}:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    checkpoints.save(state, {{"step": 0}}, {{}})
+    while True:
+        checkpoints.check()
+        time.sleep(0.05)
+""",
+    )
+    assert code in (1, EXIT_LOST)
+    sentence = f"a checkpoint cannot be written to {tmp_path / 'run' / 'checkpoints'} (File too large): make room"
+    assert len(re.findall(f"^error: {re.escape(sentence)}", logs[full], re.M)) == 1
+    for log in (log for index, log in enumerate(logs) if index != full):
+        assert f"error: process {full} of 2 failed: {sentence}" in log
+
+
+def test_who_fails_waits_for_no_save(tmp_path: Path) -> None:
+    """That of the others: they have ended, told why, and will not finish it."""
+    code, logs = cluster(
+        tmp_path,
+        2,
+        STATE.format(size=16)
+        + f"""
+with config.one_sentence(KeyError), checkpoint.Checkpoints({str(tmp_path / "run")!r}) as checkpoints:
+    if me == 1:
+        checkpoints._manager.wait_until_finished = lambda: time.sleep(3600)
+        raise KeyError("broken")
+    work()
+""",
+    )
+    assert code in (1, EXIT_LOST)
+    assert "error: process 1 of 2 failed: KeyError: 'broken': this job ends" in logs[0]
+    assert re.search("^error: 'broken'", logs[1], re.M)
+
+
+def test_what_one_cannot_read_none_restores(tmp_path: Path) -> None:
+    """Process 1 fails to read its share of the newest checkpoint: both take the one before, and set that one aside."""
+    code, logs = cluster(
+        tmp_path,
+        2,
+        STATE.format(size=16)
+        + f"""
 with checkpoint.Checkpoints({str(tmp_path / "run")!r}) as checkpoints:
     for step in (1, 2):
         at_step = jax.jit(lambda s: dataclasses.replace(s, step=s.step + step), out_shardings=state_at)(state)
@@ -282,8 +379,8 @@ with checkpoint.Checkpoints({str(tmp_path / "run")!r}) as checkpoints:
 assert os.path.isdir({str(tmp_path / "run")!r} + "/checkpoints/2.damaged")
 params = checkpoint.load_params({str(tmp_path / "run")!r}, shapes, at, parts=("params",))
 for shard in params["dense.kernel"].addressable_shards:
-    assert shard.data.shape == (8, 8)
-    np.testing.assert_array_equal(shard.data, np.arange(128.0).reshape(16, 8)[shard.index])
+    assert shard.data.shape == (8, 16)
+    np.testing.assert_array_equal(shard.data, np.arange(256.0).reshape(16, 16)[shard.index])
 """,
     )
     assert code == 0, logs

@@ -161,6 +161,22 @@ def test_a_loss_that_moves_for_good_is_reported_until_it_is_known() -> None:
     assert not any(reported[:20] + reported[25:])
 
 
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_spike_is_in_the_log_of_the_first_process_alone(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, process: int
+) -> None:
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    guards = Guards(
+        max_skipped=9, spike_sigma=6.0, bad=BadRecordCounter(1.0), batch_size=2, records=lambda step: [step],
+        report=lambda step, values: None, newest=lambda: None,
+    )  # fmt: skip
+    spike = {"loss": jnp.nan, "grad_norm": 1.0, "skipped_in_a_row": 1, "bad_records": 0}
+    guards.add(7, {name: jnp.asarray(value) for name, value in spike.items()})
+    with caplog.at_level(logging.INFO, "svg_jax"):
+        guards.judge(all_steps=True)
+    assert ("spike at step 7" in caplog.text) == (process == 0)
+
+
 def test_values_are_judged_an_interval_late() -> None:
     judged = []
     guards = Guards(
@@ -319,6 +335,19 @@ def test_a_trace_of_the_asked_steps_is_written_and_changes_nothing(tmp_path: Pat
     assert list((tmp_path / "traced" / "profile").rglob("*.xplane.pb"))
     assert [line["step"] for line in lines(tmp_path / "traced") if line.get("time/trace", 0.0) > 0.0] == [5]
     assert not (tmp_path / "plain" / "profile").exists()
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["preempted", "stopped"])
+def test_a_run_that_ends_early_still_writes_its_trace(tmp_path: Path, told: bool) -> None:
+    factors = {} if told else dict.fromkeys(range(99), NAN)
+    with pytest.raises(SystemExit if told else TooManySkippedSteps):
+        run(
+            tmp_path, factors, settings=config(**{"profile.start": 1, "profile.steps": 50, "num_train_steps": 60}),
+            preempted=lambda step: told and step == 4,
+        )  # fmt: skip
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    jax.profiler.start_trace(tmp_path / "another")  # which the profiler refuses while one is under way
+    jax.profiler.stop_trace()
 
 
 def test_a_skipped_step_changes_no_bit() -> None:

@@ -5,21 +5,20 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from svg_jax.nn import attention as package
 from svg_jax.nn.attention import RESULT, attention, chunked, cudnn, splash
 from svg_jax.nn.attention.masks import Mask
-from svg_jax.parallel import AXES, BATCH
+from svg_jax.nn.stack import REMAT
+from svg_jax.parallel import BATCH, make_mesh
+from svg_jax.topologies import topology_devices
 from tests.nn.test_attention_backends import (
     DIM,
     HEADS,
@@ -72,6 +71,16 @@ def test_cudnn_lowers_for_cuda(sizes: dict[str, int], monkeypatch: pytest.Monkey
         assert key == f"tensor<{batch}x{TOKENS}x{KV_HEADS // share}x{DIM}xbf16>"
 
 
+@pytest.mark.parametrize(("policy", "calls"), [("full", 2), ("dots", 1), ("attention", 1)])
+def test_rematerialisation_may_keep_what_cudnn_gave(policy: str, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(package, "current_platform", lambda: "gpu")
+    attend = jax.checkpoint(functools.partial(attention, backend="gpu_cudnn"), policy=REMAT[policy])
+    q, k, v, _ = arrays("bfloat16")
+    gradient = jax.make_jaxpr(jax.grad(lambda *qkv: jnp.sum(attend(*qkv).astype(jnp.float32))))(q, k, v)
+    assert len(re.findall(r"= dot_product_attention_fwd", str(gradient))) == calls
+
+
 def temporary_bytes(backend: str, tokens: int) -> int:
     """Of the forward and backward pass, less what any attention holds: a few arrays of the size of q."""
     q, k = shapes(tokens, "float32")
@@ -110,25 +119,13 @@ def test_blocks_of_splash(tokens: int, size: int) -> None:
     assert splash.block(tokens) == size
 
 
-@pytest.fixture
-def no_compilation_cache() -> Iterator[None]:
-    """What is compiled for absent devices cannot be read back."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-
-
-@pytest.mark.usefixtures("no_compilation_cache")
+@pytest.mark.usefixtures("uncached")
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, of the extra 'aot'")
-def test_splash_compiles_for_a_real_topology(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_splash_compiles_for_a_real_topology() -> None:
     """At 1024 px, without memory for 4608 x 4608 logits. Its three kernels (forward, dq, dk and dv) run once each,
     though everything is forgotten but its result, kept by name.
     """
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    devices = np.array(topology.devices).reshape(1, 4, 1, 1)
-    chips = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    chips = make_mesh({"fsdp": 4}, topology_devices("v5e:2x2"))
     given = *shapes(4608, batch=4), jax.ShapeDtypeStruct((4, 4608), bool)
     q, k, valid = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(chips, BATCH)) for x in given)
 
