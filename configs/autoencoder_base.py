@@ -5,6 +5,7 @@ import dataclasses
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from configs import base
 from svg_jax.models.autoencoder import AutoencoderConfig
 
 
@@ -44,29 +45,7 @@ def get_config() -> ConfigDict:
     config.optim.ema_on_host = False  # keeps the average in the memory of the host
     config.optim.mu_dtype = placeholder(str)  # of the first moment: "bfloat16" halves it; by default as the parameters
 
-    # Devices an axis, see svg_jax/parallel.py; -1: those that are left, `data` and `fsdp` sharing them.
-    config.mesh = ConfigDict(dict(data=-1, fsdp=-1, context=1, tensor=1))
-
-    # Which processes there are. Found out on Cloud TPU, GKE, Slurm and Open MPI; elsewhere to be said to each.
-    config.cluster = ConfigDict()
-    config.cluster.coordinator = placeholder(str)  # "host:port" of process 0
-    config.cluster.num_processes = placeholder(int)
-    config.cluster.process_id = placeholder(int)
-    config.cluster.timeout = 100.0  # seconds without a sign of life after which a process is gone, and the job ends
-    config.cluster.start_timeout = 300.0  # seconds in which all must have started
-
-    config.guard = ConfigDict()
-    config.guard.max_skipped = 10  # (ours) steps in a row without a finite gradient, after which the run stops
-    config.guard.spike_sigma = 6.0  # (ours) standard deviations above the mean at which a loss is reported; 0: never
-
-    config.profile = ConfigDict()
-    config.profile.start = 0  # step at which a trace begins; 0: never
-    config.profile.steps = 5  # in a trace
-
-    config.checkpoint = ConfigDict()
-    config.checkpoint.every = 2000  # steps
-    config.checkpoint.keep = 3
-    config.checkpoint.keep_every = 50_000
+    base.add_running(config)
 
     config.sample = ConfigDict()
     config.sample.every = 2000  # steps between grids of input | reconstruction; 0 for none

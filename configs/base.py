@@ -77,6 +77,29 @@ def get_config() -> ConfigDict:
     config.optim.ema_on_host = False  # keeps the average in the memory of the host
     config.optim.mu_dtype = placeholder(str)  # of the first moment: "bfloat16" halves it; by default as the parameters
 
+    add_running(config)
+
+    # Picture grids from the EMA weights during training, and the defaults of `svg_jax.sample`.
+    config.sample = ConfigDict()
+    config.sample.every = 2000  # steps; 0 for none
+    config.sample.prompts = (
+        "a red fox asleep in fresh snow",
+        "a wooden desk with three books and a green lamp",
+        "an astronaut riding a horse, oil on canvas",
+        "a bowl of ramen seen from above",
+    )
+    config.sample.num_steps = 50  # (released)
+    config.sample.solver = "dpm++2m"  # (released): a name in svg_jax.flow.solvers.SOLVERS
+    config.sample.guidance_scale = 4.0  # (released)
+    config.sample.renorm = 1.0  # (released)
+    config.sample.guidance_interval = (0.0, 1.0)  # (released): times at which guidance acts; 0 is noise
+    config.sample.shift = 10.0  # (released) toward noise
+    config.sample.batch_size = 4
+    return config
+
+
+def add_running(config: ConfigDict) -> None:
+    """What every training run has, whatever it trains: where it runs, what it saves, what watches over it."""
     # Devices an axis, see svg_jax/parallel.py; -1: those that are left, `data` and `fsdp` sharing them.
     config.mesh = ConfigDict(dict(data=-1, fsdp=-1, context=1, tensor=1))
 
@@ -100,21 +123,3 @@ def get_config() -> ConfigDict:
     config.checkpoint.every = 2000  # steps (released)
     config.checkpoint.keep = 3
     config.checkpoint.keep_every = 50_000  # steps whose checkpoint is kept for good
-
-    # Picture grids from the EMA weights during training, and the defaults of `svg_jax.sample`.
-    config.sample = ConfigDict()
-    config.sample.every = 2000  # steps; 0 for none
-    config.sample.prompts = (
-        "a red fox asleep in fresh snow",
-        "a wooden desk with three books and a green lamp",
-        "an astronaut riding a horse, oil on canvas",
-        "a bowl of ramen seen from above",
-    )
-    config.sample.num_steps = 50  # (released)
-    config.sample.solver = "dpm++2m"  # (released): a name in svg_jax.flow.solvers.SOLVERS
-    config.sample.guidance_scale = 4.0  # (released)
-    config.sample.renorm = 1.0  # (released)
-    config.sample.guidance_interval = (0.0, 1.0)  # (released): times at which guidance acts; 0 is noise
-    config.sample.shift = 10.0  # (released) toward noise
-    config.sample.batch_size = 4
-    return config
