@@ -129,9 +129,16 @@ run() { # COMMAND…: the exit code of the job in $result
     pid='' code=0
     # shellcheck disable=SC2086 # no timer, no argument
     wait -n -p pid $timer "${!running[@]}" 2>/dev/null || code=$?
-    if [[ -z ${pid:-} ]]; then
-      continue # a signal came
-    elif [[ $pid == "$timer" ]]; then
+    if [[ -z ${pid:-} ]]; then # a signal came; the shell may have noted the end of a process meanwhile
+      for pid in "${!running[@]}"; do
+        kill -0 "$pid" 2>/dev/null || break
+        pid=''
+      done
+      [[ -n ${pid:-} ]] || continue
+      code=0
+      wait "$pid" || code=$?
+    fi
+    if [[ $pid == "$timer" ]]; then
       echo "ending the processes ${running[*]}, which go on after $grace s" >&2
       end
       timer=''

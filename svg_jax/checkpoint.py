@@ -12,8 +12,11 @@ import asyncio
 import dataclasses
 import functools
 import logging
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar
 
 import jax
@@ -23,7 +26,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import NamedSharding
 
-from svg_jax.distributed import everyone, is_first
+from svg_jax.distributed import EXIT_PREEMPTED, end_all, everyone, failed, is_first
 from svg_jax.nn.functional import Params, mismatch
 from svg_jax.state import TrainState
 
@@ -38,10 +41,14 @@ Result = TypeVar("Result")
 
 
 class Checkpoints:
-    """The checkpoints of one run. Saves run in the background; `close` waits for them."""
+    """The checkpoints of one run. Saves run in the background; `close` waits for them.
 
-    def __init__(self, workdir: str, *, keep: int = 3, keep_every: int | None = None) -> None:
-        """Keeps the last `keep`, and for good those whose step is a multiple of `keep_every`.
+    A save that fails is an OSError of the next method called. Where several processes save together it ends all of
+    them at once instead, as the others would wait for this one's share.
+    """
+
+    def __init__(self, workdir: str, *, keep: int = 3, keep_every: int = 0) -> None:
+        """Keeps the last `keep`, and for good those whose step is a multiple of `keep_every`, if that is not zero.
 
         Raises:
             PermissionError: The folder cannot be made or written to.
@@ -54,12 +61,16 @@ class Checkpoints:
                 f"cannot write checkpoints to {self.folder} ({error}): choose another --workdir"
             ) from error
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, keep_period=keep_every, enable_async_checkpointing=True
+            max_to_keep=keep, keep_period=keep_every or None, enable_async_checkpointing=True
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "data", "config"))
+        self._manager = _Manager(self.folder, options=options, item_names=("state", "data", "config"))
 
     def save(self, state: TrainState, data: Mapping[str, int], config: Mapping[str, Any]) -> None:
-        """Writes the state after `state.step` updates; returns once the arrays are copied off the devices."""
+        """Writes the state after `state.step` updates; returns once the arrays are copied off the devices.
+
+        Raises:
+            OSError: This save, or the one before, cannot be written.
+        """
         step = int(jax.device_get(state.step))
         if step in self._manager.all_steps():
             return
@@ -68,7 +79,11 @@ class Checkpoints:
             data=ocp.args.JsonSave(dict(data)),
             config=ocp.args.JsonSave(dict(config)),
         )
-        self._manager.save(step, args=args, force=True)
+        self.wait()  # for the one before, which Orbax waits for too
+        try:
+            self._manager.save(step, args=args, force=True)
+        except (OSError, ValueError) as error:  # ValueError is TensorStore's
+            raise _unwritable(self.folder, error) from error
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, int]] | None:
         """The newest state that can be read, placed as `abstract` says, and its data position; None if there is none.
@@ -108,20 +123,58 @@ class Checkpoints:
         everyone("set aside", "", TOGETHER)
         self._manager.reload()
 
+    def check(self) -> None:
+        """Raises the OSError of a save that has failed meanwhile; costs nothing."""
+        if self._manager.failed:
+            self.wait()
+
     def wait(self) -> None:
-        """Returns when what was saved is on disk."""
+        """Returns when what was saved is on disk.
+
+        Raises:
+            OSError: It cannot be written.
+        """
         self._manager.wait_until_finished()
 
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        preempted = isinstance(error, SystemExit) and error.code == EXIT_PREEMPTED
+        if error is not None and not preempted and jax.process_count() > 1:
+            failed(error)  # and no waiting for a save that the others, who end now, do not finish
+        else:
+            self.close()
 
     def close(self) -> None:
         """Waits for saves under way."""
         self.wait()
         self._manager.close()
+
+
+class _Manager(ocp.CheckpointManager):
+    """Tells of a save that fails in the background while it does: Orbax tells once all others have finished theirs."""
+
+    failed = False
+
+    def _wait_for_checkpointers(self) -> None:  # of the thread that finishes a save
+        try:
+            super()._wait_for_checkpointers()
+        except TimeoutError:  # of a barrier: another process is to blame
+            raise
+        except Exception as error:
+            self.failed = True
+            problem = _unwritable(self.directory, error)
+            end_all(str(problem))
+            raise problem from error
+
+
+def _unwritable(folder: epath.Path, error: Exception) -> OSError:
+    number = re.search(r"os_error_code='(\d+)'", str(error))  # how TensorStore puts it, at the end of much else
+    reason = os.strerror(int(number[1])) if number else " ".join(str(error).split()) or type(error).__name__
+    return OSError(f"a checkpoint cannot be written to {folder} ({reason}): make room there or mend the disk")
 
 
 class WrongArchitecture(ValueError):
@@ -306,9 +359,11 @@ def _read_together(read: Callable[[epath.Path], Result], folder: epath.Path) -> 
     """What `read` makes of a checkpoint; None, and an error in the log, if it fails in any process."""
     try:
         result, problem = read(folder), ""
-    except WrongArchitecture:
+    except (WrongArchitecture, MemoryError):
         raise
     except Exception as error:  # whatever Orbax or the file system says about a damaged file
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise  # by memory too small for it: the checkpoint may be sound
         result, problem = None, str(error) or type(error).__name__
     problems = everyone(f"read {folder}", problem, TOGETHER)
     if not any(problems):

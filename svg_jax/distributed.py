@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import http.client
 import logging
 import os
 import re
@@ -82,6 +83,8 @@ def initialise(cluster: Mapping[str, Any] | None = None) -> None:
     else:
         _join(place, timeout, start_timeout)
         _Watch(place, timeout).start()
+        if place.number:
+            logger.setLevel(logging.WARNING)  # what all have to say, the first one says
         logger.info("%s, coordinator %s", place, distributed.global_state.coordinator_address)
     if cloud_tpu_init.running_in_cloud_tpu_vm and "TPU_SKIP_MDS_QUERY" not in os.environ:
         threading.Thread(target=heed_maintenance, daemon=True).start()
@@ -97,9 +100,12 @@ def preempted(step: int) -> bool:
 
     One process that gets SIGTERM is enough: all agree on the next step that none has passed. To be asked at every step.
     """
-    if jax.distributed.is_initialized():
-        return multihost_utils.reached_preemption_sync_point(step)
-    return _terminated.is_set()
+    if not jax.distributed.is_initialized():
+        return _terminated.is_set()
+    told = multihost_utils.reached_preemption_sync_point(step)
+    if told and _watch is not None:
+        _watch.code = EXIT_PREEMPTED
+    return told
 
 
 def barrier(name: str, timeout: float) -> None:
@@ -137,10 +143,21 @@ def everyone(name: str, says: str, timeout: float) -> list[str]:
     return [text for _, text in sorted(_by_process(client, folder).items())]
 
 
-def failed(reason: str) -> None:
-    """Tells the other processes that this one is about to end for a reason of its own, so that they need not wait."""
+def failed(reason: str | BaseException) -> None:
+    """Tells the other processes that this one is about to end for a reason of its own, so that they need not wait.
+
+    To be called before anything that waits for them.
+    """
     if _watch is not None:
-        _watch.last_words(f"failed: {reason}")
+        _watch.fail(reason)
+
+
+def end_all(sentence: str) -> None:
+    """Ends this process and the others, whatever they wait for; from any thread. Returns where this one is alone."""
+    if _watch is not None and not _watch.failed:
+        _watch.fail(sentence)
+        os.write(2, f"error: {sentence}\n".encode())
+        _watch.end_if_failed()
 
 
 # Finding the others.
@@ -167,6 +184,8 @@ def _named(settings: Mapping[str, Any]) -> Place | None:
         count, index = int(count), int(index)
     except ValueError as error:
         raise ValueError(f"num_processes '{count}' and process_id '{index}' must be whole numbers") from error
+    if count < 1:
+        raise ValueError(f"config.cluster.num_processes is {count}: it must be at least 1")
     if not 0 <= index < count:
         raise ValueError(
             f"config.cluster.process_id is {index} of {count} processes: it must be from 0 to {count - 1}, another in "
@@ -200,7 +219,7 @@ def _join(place: Place, timeout: float, start_timeout: float) -> None:
                 cluster_detection_method="deactivate" if place.coordinator else None,
                 initialization_timeout=round(start_timeout),
                 heartbeat_timeout_seconds=round(3 * timeout),  # after `_Watch`, which needs no stack trace
-                shutdown_timeout_seconds=round(3 * timeout),
+                shutdown_timeout_seconds=round(1.5 * timeout),  # after those at work have noticed, see `_verdict`
             )
         except jax.errors.JaxRuntimeError as error:
             reason = str(error).splitlines()[0]
@@ -241,7 +260,8 @@ class _Watch(threading.Thread):
         self._place, self._timeout, self._period = place, timeout, timeout / 10
         self._client: Any = distributed.global_state.client
         self._stopped = threading.Event()
-        self._failed = False
+        self.failed = False
+        self.code = 0  # with which this process ends unless it fails
 
     def start(self) -> None:
         global _watch
@@ -249,6 +269,8 @@ class _Watch(threading.Thread):
         sys.excepthook = partial(self._on_error, sys.excepthook)
         _on_abort(self._on_abort)
         atexit.register(self._leave)
+        # Before the interpreter joins threads, of which a save may wait for a process that has left.
+        threading._register_atexit(self.end_if_failed)  # type: ignore[attr-defined]
         super().start()
 
     def run(self) -> None:
@@ -276,14 +298,23 @@ class _Watch(threading.Thread):
             return f"{other} {text}"
         if text == "left":
             # It waits for this one to leave too, but one whose work is done needs less time than that.
-            return (
-                f"{other} has ended while process {self._place.number} is at work" if age > 2 * self._timeout else None
-            )
+            return f"{other} has ended while process {self._place.number} is at work" if age > self._timeout else None
         return f"{other} is gone (no sign of life for {age:.0f} s)" if age > self._timeout else None
 
-    def last_words(self, text: str) -> None:
+    def fail(self, reason: str | BaseException) -> None:
+        """Says why this process is about to end, unless another one is to blame."""
+        if self.failed:
+            return
+        if isinstance(reason, BaseException):
+            if _is_broken(reason):
+                # The process at the other end is to blame, most likely, and this thread will say so.
+                time.sleep(self._timeout + 3 * self._period)
+            reason = f"{type(reason).__name__}: {str(reason).splitlines()[0] if str(reason) else ''}"
+        self.failed = True
+        self._last_words(f"failed: {reason}")
+
+    def _last_words(self, text: str) -> None:
         """The last sign of this process."""
-        self._failed = self._failed or text.startswith("failed: ")
         self._stopped.set()
         self.join(self._period)
         with contextlib.suppress(jax.errors.JaxRuntimeError):
@@ -295,26 +326,33 @@ class _Watch(threading.Thread):
     def _on_error(
         self, show: Any, kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> None:
-        if issubclass(kind, jax.errors.JaxRuntimeError) and BROKEN.search(str(error)):
-            # The process at the other end is to blame, most likely, and this thread will say so.
-            time.sleep(self._timeout + 3 * self._period)
+        self.fail(error)
         show(kind, error, trace)
-        self.last_words(f"failed: {kind.__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-        self._leave()
+        self.end_if_failed()
 
-    def _leave(self) -> None:
-        if self._failed:
+    def end_if_failed(self) -> None:
+        if self.failed:
             sys.stdout.flush()
             sys.stderr.flush()
             time.sleep(3 * self._period)  # until the others have read why
             os._exit(1)
-        self.last_words("left")  # then JAX waits for all to leave
+
+    def _leave(self) -> None:
+        self._last_words("left")  # then JAX waits for all to leave
 
     def _on_abort(self) -> None:
-        if self._failed or self._stopped.is_set():
-            os._exit(1)
+        if self.failed or self._stopped.is_set():
+            os._exit(1 if self.failed else self.code)  # all is done, and another one did not leave in time
+        time.sleep(1)  # a process that is killed closes its sockets one after the other
         if self._place.number and not _answers(str(distributed.global_state.coordinator_address)):
             _end(f"process 0 of {self._place.total} is gone (it closed the connection): this job ends; {AGAIN}")
+
+
+def _is_broken(error: BaseException) -> bool:
+    """Whether this is, or comes from, what JAX says when another process is gone."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return isinstance(error, jax.errors.JaxRuntimeError) and BROKEN.search(str(error)) is not None
 
 
 def _answers(address: str) -> bool:
@@ -397,15 +435,23 @@ def _save_on_sigterm() -> None:
 def heed_maintenance(every: float = 10.0) -> None:
     """Makes a notice that this Google Cloud host is about to be shut down a SIGTERM to this process; returns then.
 
+    A notice that stands already when this begins is not one: a job that was started again would end at once.
+
     Args:
         every: Seconds between two looks at the metadata server.
     """
     host = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
     request = urllib.request.Request(f"http://{host}/{MAINTENANCE}", headers={"Metadata-Flavor": "Google"})
+    known = None
     while True:
-        with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=every) as answer:
-            if (event := answer.read().decode().strip()) not in ("NONE", ""):
+        with (
+            contextlib.suppress(OSError, http.client.HTTPException),
+            urllib.request.urlopen(request, timeout=every) as answer,
+        ):
+            event = answer.read().decode().strip()
+            if known is not None and event not in (known, "NONE", ""):
                 logger.warning("this host is about to be maintained (%s): saving, then ending", event)
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
+            known = event
         time.sleep(every)

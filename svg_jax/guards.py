@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from data_pipelines.batches import BadRecordCounter
+from data_pipelines.batches import BadRecordCounter, TooManyBadRecords
 
 logger = logging.getLogger("svg_jax")
 
@@ -26,6 +26,9 @@ SHOWN = 16  # record ids in a line of the log; `spikes.jsonl` has them all
 
 class TooManySkippedSteps(RuntimeError):
     """Losses or gradients were not finite, one step after the other."""
+
+
+STOPPED = (TooManyBadRecords, TooManySkippedSteps)  # what ends a run that no error in the code has ended
 
 
 class SpikeDetector:
@@ -105,7 +108,8 @@ class Guards:
         if self._is_spike(values["loss"]) or not math.isfinite(values["grad_norm"]):
             records = list(self._records(step))
             shown = ", ".join(map(str, records[:SHOWN])) + (", ..." if len(records) > SHOWN else "")
-            logger.warning(
+            log = logger.warning if jax.process_index() == 0 else logger.debug  # all come to the same
+            log(
                 "spike at step %d: loss %g (limit %.4g), gradient norm %g, %s; its batch holds the records %s",
                 *(step, values["loss"], limit, values["grad_norm"]),
                 "step skipped" if values["skipped_in_a_row"] else "step taken",

@@ -71,6 +71,7 @@ def fit(
         Preempted: The machines are about to be taken away, and the state is saved.
         TooManySkippedSteps: Nothing was finite for `config.guard.max_skipped` steps in a row.
         TooManyBadRecords: More records than `config.data.max_bad_fraction` cannot be read.
+        OSError: A checkpoint cannot be written.
     """
     start, stop = int(jax.device_get(state.step)), config.num_train_steps
     guards = Guards(
@@ -94,37 +95,39 @@ def fit(
             yield
 
     logged, captions, truncated = start, 0, 0
-    for done in range(start + 1, stop + 1):  # counts finished steps
-        with clock.phase("data_wait"):
-            host = next(batches)
-        captions += len(host["grid"])
-        truncated += host["num_truncated"]
-        with trace.before(done - 1), jax.transfer_guard("disallow"):
-            state, metrics = step(state, device_batch(host, mesh))
-        guards.add(done - 1, metrics)
-        if trace.ends(done - 1):
-            with held_up("trace"):
-                trace.stop()
+    with trace:
+        for done in range(start + 1, stop + 1):  # counts finished steps
+            with clock.phase("data_wait"):
+                host = next(batches)
+            captions += len(host["grid"])
+            truncated += host["num_truncated"]
+            with trace.before(done - 1), jax.transfer_guard("disallow"):
+                state, metrics = step(state, device_batch(host, mesh))
+            guards.add(done - 1, metrics)
+            checkpoints.check()
+            if trace.ends(done - 1):
+                with held_up("trace"):
+                    trace.stop()
 
-        if done % config.log_every == 0 or done == stop:
-            guards.judge(all_steps=done == stop)
-            # As of the line before, but for the last one; of the captions, those that this process read.
-            data = {"data/bad_fraction": guards.bad.fraction, "data/truncated_fraction": truncated / captions}
-            writer.scalars(done - 1, {**metrics, **data, **clock.line(done - logged)})
-            logged = done
-        if draw is not None and _due(done, stop, config.sample.every):
-            with held_up("sample"):
-                writer.pictures(done - 1, "samples", draw(dataclasses.replace(state, ema=on_device(state.ema))))
-        if done == stop:
-            guards.bad.judge()
-        told = preempted is not None and preempted(done)  # asked at every step: it is true at one of them only
-        if told or done == stop or _due(done, stop, config.checkpoint.every):
-            with held_up("checkpoint"):
-                checkpoints.save(state, {"step": done}, config.to_dict())
-        if told and done < stop:
-            checkpoints.wait()
-            logger.warning("preempted: saved after step %d; the same command goes on from there", done)
-            raise Preempted
+            if done % config.log_every == 0 or done == stop:
+                guards.judge(all_steps=done == stop)
+                # As of the line before, but for the last one; of the captions, those that this process read.
+                data = {"data/bad_fraction": guards.bad.fraction, "data/truncated_fraction": truncated / captions}
+                writer.scalars(done - 1, {**metrics, **data, **clock.line(done - logged)})
+                logged = done
+            if draw is not None and _due(done, stop, config.sample.every):
+                with held_up("sample"):
+                    writer.pictures(done - 1, "samples", draw(dataclasses.replace(state, ema=on_device(state.ema))))
+            if done == stop:
+                guards.bad.judge()
+            told = preempted is not None and preempted(done)  # asked at every step: it is true at one of them only
+            if told or done == stop or _due(done, stop, config.checkpoint.every):
+                with held_up("checkpoint"):
+                    checkpoints.save(state, {"step": done}, config.to_dict())
+            if told and done < stop:
+                checkpoints.wait()
+                logger.warning("preempted: saved after step %d; the same command goes on from there", done)
+                raise Preempted
     bad = guards.bad
     if start >= stop:
         logger.info("nothing to do: %d steps are done, and config.num_train_steps is %d", start, stop)

@@ -55,8 +55,8 @@ class HostClock:
 class Trace:
     """Traces steps [start, start + steps) for a profiler's viewer; does nothing where `start` is 0.
 
-    A run that goes on or ends inside that window traces what is left of it, and one outside of it says that nothing
-    will be traced.
+    A run that goes on or ends inside that window, as a context manager by an error too, traces what is left of it; one
+    outside of it says that nothing will be traced.
 
     Args:
         folder: Gets `plugins/profile/TIME/`; a bucket too.
@@ -77,6 +77,12 @@ class Trace:
             logger.info(
                 "no trace: config.profile.start is %d and this run takes steps %d to %d", start, first, last - 1
             )
+
+    def __enter__(self) -> Trace:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
 
     def before(self, step: int) -> contextlib.AbstractContextManager[Any]:
         """Starts tracing if it is time; what is done for the step goes inside the context that this gives."""

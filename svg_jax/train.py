@@ -12,13 +12,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from data_pipelines.batches import TextToImageBatches, TooManyBadRecords, make_loader
+from data_pipelines.batches import TextToImageBatches, make_loader
 from data_pipelines.sources import open_source
 from data_pipelines.text import load_tokenizer
 from svg_jax import assemble, distributed
 from svg_jax import config as doors
 from svg_jax.checkpoint import Checkpoints, load_config, load_params
-from svg_jax.guards import TooManySkippedSteps
+from svg_jax.guards import STOPPED
 from svg_jax.loop import fit
 from svg_jax.metrics import MetricWriter
 from svg_jax.parallel import make_mesh, shardings_of
@@ -28,8 +28,6 @@ from svg_jax.state import TrainState
 from svg_jax.steps import Batch, Frozen, Metrics
 
 logger = logging.getLogger("svg_jax")
-
-STOPPED = (TooManyBadRecords, TooManySkippedSteps)  # what ends a run that no error in the code has ended
 
 
 def main(config: ConfigDict, workdir: str) -> None:
@@ -95,7 +93,7 @@ def main(config: ConfigDict, workdir: str) -> None:
     logger.info("%.1fM parameters, mesh %s, %d records", count / 1e6, dict(mesh.shape), len(batches.source))
 
     # Compile and run.
-    with checkpoints, writer, contextlib.closing(loader), jax.set_mesh(mesh), doors.one_sentence(*STOPPED):
+    with doors.one_sentence(*STOPPED, OSError), checkpoints, writer, contextlib.closing(loader), jax.set_mesh(mesh):
         compilations = 0
 
         def traced(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:

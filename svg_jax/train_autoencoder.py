@@ -18,13 +18,13 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from data_pipelines.batches import TextToImageBatches, TooManyBadRecords, make_loader
+from data_pipelines.batches import TextToImageBatches, make_loader
 from data_pipelines.sources import open_source
 from data_pipelines.text import ByteTokenizer
 from svg_jax import assemble, distributed
 from svg_jax import config as doors
 from svg_jax.checkpoint import Checkpoints, load_config, load_params
-from svg_jax.guards import TooManySkippedSteps
+from svg_jax.guards import STOPPED
 from svg_jax.loop import device_batch, fit
 from svg_jax.metrics import MetricWriter
 from svg_jax.models.autoencoder import Autoencoder, to_uint8
@@ -35,8 +35,6 @@ from svg_jax.state import TrainState
 from svg_jax.steps import Moments, reconstruct, target_pixels, update_moments
 
 logger = logging.getLogger("svg_jax")
-
-STOPPED = (TooManyBadRecords, TooManySkippedSteps)  # what ends a run that no error in the code has ended
 
 PICTURES = 8  # in a grid of input | reconstruction
 
@@ -107,7 +105,7 @@ def main(config: ConfigDict, workdir: str) -> None:
                 enabled=distributed.is_first(),
             )
         reader = loader(start_step=int(state.step))
-        with checkpoints, writer, contextlib.closing(reader), doors.one_sentence(*STOPPED):
+        with doors.one_sentence(*STOPPED, OSError), checkpoints, writer, contextlib.closing(reader):
             fit(
                 program.jit(),
                 state,

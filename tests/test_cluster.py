@@ -23,6 +23,7 @@ from tests.cluster import PATIENCE, job
 from tests.tiny import write_tiny_weights
 
 STEPS = 12
+FEW = 4  # of them, in the warm-up of the learning rate, which knows nothing of how many there are
 
 # The smallest run there is. Frozen networks come from checkpoints that one process wrote.
 CONFIG = """
@@ -109,6 +110,15 @@ def whole(folder: Path) -> dict[int, float]:
 
 def assert_same(curve: dict[int, float], whole: dict[int, float]) -> None:
     np.testing.assert_allclose(list(curve.values()), [whole[step] for step in curve], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_one_two_and_four_processes_have_the_same_losses(folder: Path, whole: dict[int, float]) -> None:
+    for processes in (2, 4):
+        finish(folder, f"whole{processes}", processes, f"--config.num_train_steps={FEW}")
+        curve = losses(folder, f"whole{processes}")
+        assert list(curve) == list(range(FEW))
+        assert_same(curve, whole)
 
 
 @pytest.mark.slow

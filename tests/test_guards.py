@@ -337,6 +337,20 @@ def test_a_trace_of_the_asked_steps_is_written_and_changes_nothing(tmp_path: Pat
     assert not (tmp_path / "plain" / "profile").exists()
 
 
+def test_a_save_that_fails_meanwhile_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = []
+
+    def check(self: Checkpoints) -> None:
+        checks.append(self)
+        if len(checks) == 3:
+            raise OSError("a checkpoint cannot be written")
+
+    monkeypatch.setattr(Checkpoints, "check", check)
+    with pytest.raises(OSError, match="cannot be written"):
+        run(tmp_path, {}, settings=config(log_every=1))
+    assert list(losses(tmp_path)) == [0, 1]
+
+
 @pytest.mark.parametrize("told", [True, False], ids=["preempted", "stopped"])
 def test_a_run_that_ends_early_still_writes_its_trace(tmp_path: Path, told: bool) -> None:
     factors = {} if told else dict.fromkeys(range(99), NAN)
