@@ -6,6 +6,9 @@ import os
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Threads of XLA's pool. A collective holds one a device until all devices have come; with as many threads as devices,
+# two collectives at the same time may wait for each other for ever, and XLA aborts.
+os.environ.setdefault("PJRT_NPROC", "32")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
