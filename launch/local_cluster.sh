@@ -57,6 +57,10 @@ number --devices "$devices" 1
 number --restarts "$restarts" 0
 number --grace "$grace" 0
 
+# One thread a device: with more, CPU devices begin their collectives in different orders, and may wait for one another
+# for ever.
+export XLA_FLAGS="${XLA_FLAGS:+$XLA_FLAGS }--xla_cpu_multi_thread_eigen=false"
+
 free_port() {
   local port
   while port=$((10000 + RANDOM % 20000)); (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do :; done
