@@ -9,23 +9,23 @@ once an epoch.
 from __future__ import annotations
 
 import sys
-from typing import TypedDict
+from typing import TypedDict, TypeVar
 
 import grain
 import numpy as np
 from absl import logging
-from grain.experimental import index_shuffle
+from grain.sources import RandomAccessDataSource
 from numpy.typing import NDArray
 
 from data_pipelines import images
+from data_pipelines.order import DROPOUT_KEY, check_seed, random_word, share_of, shuffled_index
 from data_pipelines.records import BadRecord, Record
 from data_pipelines.sources import Source
 from data_pipelines.text import Tokenizer, full_prompt, pad_tokens
 
-# First word of every key that randomness is drawn from, so that no two uses share one.
-_ORDER_KEY, _DROPOUT_KEY = 0, 1
-
 _SECONDS_BETWEEN_WARNINGS = 10
+
+AnyBatch = TypeVar("AnyBatch")
 
 
 class Batch(TypedDict):
@@ -83,22 +83,18 @@ class TextToImageBatches:
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
-        if batch_size <= 0 or batch_size % process_count:
-            raise ValueError(
-                f"batch_size={batch_size} does not divide over {process_count} processes; "
-                f"choose {max(batch_size // process_count, 1) * process_count} or another multiple of {process_count}"
-            )
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process_index={process_index} is not in 0 to {process_count - 1}")
+        slots = share_of(batch_size, process_index, process_count)
         if max_text_tokens < 1:
             raise ValueError(f"max_text_tokens={max_text_tokens} leaves no room for the start token; it is at least 1")
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"caption_dropout={caption_dropout} is not a share between 0 and 1")
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed={seed} is not in 0 to 2^32 - 1")
+        check_seed(seed)
+        if caption_dropout < 1 and not source.has_captions:
+            raise ValueError(
+                f"{source.name} has no captions to train on; expected a .jsonl or .json list with a caption a record"
+            )
         self.source, self._tokenizer = source, tokenizer
-        self._batch_size, self._local_size = batch_size, batch_size // process_count
-        self._first_slot = process_index * self._local_size
+        self._batch_size, self._slots = batch_size, slots
         self._patch_size, self._max_text_tokens = patch_size, max_text_tokens
         self._budget = images.token_budget(resolution, patch_size)
         self._sizes = images.crop_sizes(resolution, patch_size, max_ratio)
@@ -109,14 +105,14 @@ class TextToImageBatches:
         return sys.maxsize
 
     def __getitem__(self, step: int) -> Batch:
-        b = self._local_size
+        b = len(self._slots)
         patches = np.zeros((b, self._budget, self._patch_size**2 * 3), np.uint8)
         grid = np.zeros((b, 2), np.int32)
         record_ids = np.zeros(b, np.int64)
         captions = []
         num_bad = 0
         for slot in range(b):
-            epoch, index = self.draw(step * self._batch_size + self._first_slot + slot)
+            epoch, index = self.draw(step * self._batch_size + self._slots[slot])
             record_ids[slot] = index
             try:
                 record = self.source[index]
@@ -153,29 +149,21 @@ class TextToImageBatches:
         return [self.draw(step * self._batch_size + slot)[1] for slot in range(self._batch_size)]
 
     def _read_image(self, record: Record) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-        try:
-            image = images.decode(record.path)
-        except BadRecord as error:
-            raise BadRecord(f"{record.where}: {error}") from error
+        image = images.read(record)
         image = images.crop(image, images.nearest_size(image.size, self._sizes))
         return images.patchify(image, self._patch_size, self._budget)
 
     def _read_caption(self, record: Record, epoch: int) -> str:
-        if _random_word(_DROPOUT_KEY, self._seed, epoch, record.index) < self._caption_dropout * 2**32:
+        if random_word(DROPOUT_KEY, self._seed, epoch, record.index) < self._caption_dropout * 2**32:
             return ""
+        if record.caption is None:
+            raise BadRecord(f"{record.where} has no caption")
         return full_prompt(record.caption, self._system_prompt or record.system_prompt)
 
 
-def shuffled_index(place: int, num_records: int, seed: int, epoch: int) -> int:
-    """The record at one place of a pseudo-random permutation of [0, num_records), a new one for each (seed, epoch)."""
-    if num_records > 2**32:
-        raise ValueError(f"{num_records} records cannot be shuffled; at most 2^32")
-    return index_shuffle(place, max_index=num_records - 1, seed=_random_word(_ORDER_KEY, seed, epoch), rounds=4)
-
-
 def make_loader(
-    batches: TextToImageBatches, *, start_step: int = 0, num_threads: int = 4, prefetch: int = 4
-) -> grain.DatasetIterator[Batch]:
+    batches: RandomAccessDataSource[AnyBatch], *, start_step: int = 0, num_threads: int = 4, prefetch: int = 4
+) -> grain.DatasetIterator[AnyBatch]:
     """Iterates over the batches from `start_step` on, without end, reading ahead in threads; `close()` ends them.
 
     Args:
@@ -228,8 +216,3 @@ class BadRecordCounter:
                 f"max_bad_fraction={self.max_bad_fraction:g}; the warnings above name some of them with the cause: "
                 "mend the data or raise the limit"
             )
-
-
-def _random_word(*key: int) -> int:
-    """32 uniform bits that depend on the key alone; numpy keeps SeedSequence's values over its versions."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])

@@ -6,6 +6,7 @@ version of Pillow. Sizes are (width, height) as in Pillow; grids are (rows, colu
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Sequence
@@ -13,9 +14,9 @@ from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
-from data_pipelines.records import BadRecord
+from data_pipelines.records import BadRecord, Record
 
 Size = tuple[int, int]
 
@@ -45,6 +46,58 @@ def decode(file: str | os.PathLike[str] | BinaryIO, name: str | None = None) -> 
     # Pillow's decoders answer broken bytes with OSError, SyntaxError, struct.error, IndexError and many others.
     except Exception as error:
         raise BadRecord(f"image {name} cannot be read ({type(error).__name__}: {error})") from error
+
+
+def upright_size(file: str | os.PathLike[str] | BinaryIO, name: str | None = None) -> Size:
+    """(width, height) that `decode` will give, from the header alone.
+
+    Orientation that stands behind the pixels (a PNG may have it there) is not seen.
+
+    Args:
+      file: a path, or an open binary file.
+      name: what to call the file in messages; its path if None.
+
+    Raises:
+      BadRecord: the header cannot be read.
+    """
+    name = name or str(file)
+    try:
+        with Image.open(file) as image:
+            # Pillow turns TIFF files itself; its `getexif` of a PNG would decode the pixels in search of more.
+            orientation = 1 if image.format == "TIFF" else Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+            return (image.height, image.width) if orientation in (5, 6, 7, 8) else image.size
+    except FileNotFoundError as error:
+        raise BadRecord(f"image {name} does not exist") from error
+    except Exception as error:  # as in `decode`
+        raise BadRecord(f"image {name} cannot be read ({type(error).__name__}: {error})") from error
+
+
+def read(record: Record) -> Image.Image:
+    """The image of a record, as `decode` gives it.
+
+    Raises:
+      BadRecord: it cannot be read; the message begins with where the record stands.
+    """
+    try:
+        return decode(_file(record), record.path)
+    except BadRecord as error:
+        raise BadRecord(f"{record.where}: {error}") from error
+
+
+def read_size(record: Record) -> Size:
+    """(width, height) of a record's upright image: as the record says, or from the header of the file.
+
+    Raises:
+      BadRecord: the header cannot be read; the message begins with where the record stands.
+    """
+    try:
+        return record.size or upright_size(_file(record), record.path)
+    except BadRecord as error:
+        raise BadRecord(f"{record.where}: {error}") from error
+
+
+def _file(record: Record) -> str | BinaryIO:
+    return record.path if record.image is None else io.BytesIO(record.image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -120,18 +173,25 @@ def nearest_size(image_size: Size, sizes: Sequence[Size]) -> Size:
     return max(sizes, key=lambda size: (min(size[0] / w, size[1] / h) / max(size[0] / w, size[1] / h), size))
 
 
-def crop(image: Image.Image, size: Size) -> Image.Image:
+def crop(image: Image.Image, size: Size, words: tuple[int, int] | None = None) -> Image.Image:
     """Resizes an image to cover `size` (width, height) and cuts the centre out.
 
     Large images are first halved with a box filter while both sides are at least twice the target, then resized
     bicubically. For a square target this is the centre crop of ADM (Dhariwal and Nichol, arXiv:2105.05233), the one
     that evaluation uses.
+
+    Args:
+      image: any size.
+      size: of the result.
+      words: two random numbers that choose another window than the centre, each uniform over a range much larger than
+        the image.
     """
     while image.width >= 2 * size[0] and image.height >= 2 * size[1]:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(size[0] / image.width, size[1] / image.height)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size[0]) // 2, (image.height - size[1]) // 2
+    spare = image.width - size[0], image.height - size[1]
+    left, top = (s // 2 if words is None else words[i] % (s + 1) for i, s in enumerate(spare))
     return image.crop((left, top, left + size[0], top + size[1]))
 
 

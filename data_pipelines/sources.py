@@ -1,10 +1,12 @@
-"""Captioned images listed in JSON Lines or JSON files, in the two forms of the SVG-T2I release.
+"""Where records come from: captioned images in JSON Lines or JSON files, folders, and prepared data sets.
+
+Lists have records of the two forms of the SVG-T2I release; `width` and `height` of the upright image may stand beside.
 
     {"path": "a.jpg", "prompt": "…"}                                     trained with the system prompt "base"
     {"image_path": "a.jpg", "super_high_quality_caption": "…"}           trained with the system prompt "align"
 
-A source has a length and gives the record at an index, or raises `BadRecord` for that one index. What is wrong with the
-file as a whole (missing, empty, unknown kind, a .json file that does not parse) is an error when the source is opened.
+A source has a length and gives the record at an index, or raises `BadRecord` for that one index. What is wrong with it
+as a whole (missing, empty, unknown kind, a .json file that does not parse) is an error when the source is opened.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipelines.folders import ImageFolder
+from data_pipelines.prepared import PREFIX, PreparedDataset
 from data_pipelines.records import BadRecord, Record
 
 # (key of the image, key of the caption, system prompt), the most specific first.
@@ -28,7 +32,15 @@ _SCAN_BYTES = 1 << 24
 
 
 class Source(Protocol):
-    """Random access to records; the index is the record's stable id."""
+    """Random access to records; the index is the record's stable id.
+
+    Attributes:
+      name: what to call it in messages.
+      has_captions: whether records come with captions.
+    """
+
+    name: str
+    has_captions: bool
 
     def __len__(self) -> int: ...
 
@@ -36,22 +48,39 @@ class Source(Protocol):
         """Raises BadRecord if this record cannot be used."""
         ...
 
+    @property
+    def signature(self) -> str:
+        """Changes when other records stand in it."""
+        ...
+
+    def beside(self, name: str) -> Path:
+        """Where a file about this source is kept."""
+        ...
+
 
 def open_source(path: str | Path, root: str | Path | None = None) -> Source:
-    """Opens a .jsonl or .json list of records.
+    """Opens a list of records, a folder of images, or a data set of TensorFlow Datasets.
 
     Args:
-      path: the list.
-      root: folder that relative image paths start from; the list's own folder if None.
+      path: a .jsonl or .json file; a folder, whose images at any depth are the records; or `tfds:NAME/SPLIT`.
+      root: folder that relative image paths of a list start from, the list's own folder if None; for `tfds:`, the
+        folder of prepared data sets.
 
     Raises:
-      FileNotFoundError: there is no such file.
+      FileNotFoundError: there is no such file, folder or data set.
       ValueError: another kind of file, no records, or a .json file that is not a list.
+      ImportError: `tfds:` without TensorFlow Datasets.
     """
+    if str(path).startswith(PREFIX):
+        return PreparedDataset(str(path), root)
     path = Path(path)
+    if path.is_dir():
+        return ImageFolder(path)
     if not path.is_file():
-        found = "is a folder" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"data list {path} {found}; expected a .jsonl or .json file of records")
+        raise FileNotFoundError(
+            f"data {path} does not exist; expected a .jsonl or .json file of records, a folder of images, or "
+            "tfds:NAME/SPLIT"
+        )
     root = path.parent if root is None else Path(root)
     if path.suffix == ".jsonl":
         return JsonLines(path, root)
@@ -62,11 +91,30 @@ def open_source(path: str | Path, root: str | Path | None = None) -> Source:
     )
 
 
-class JsonLines:
+class _List:
+    """What both kinds of list share."""
+
+    has_captions = True
+
+    def __init__(self, path: Path, root: Path) -> None:
+        self.name, self._path, self._root = str(path), path, root
+
+    @property
+    def signature(self) -> str:
+        """Changes when the file is written anew, or its paths start elsewhere."""
+        status = self._path.stat()
+        return f"{status.st_size} {status.st_mtime_ns} {self._root.absolute()}"
+
+    def beside(self, name: str) -> Path:
+        """Where a file about this list is kept."""
+        return self._path.with_name(f"{self._path.name}.{name}")
+
+
+class JsonLines(_List):
     """One record a line, found by byte offset: 8 bytes of memory a line, and no record held."""
 
     def __init__(self, path: Path, root: Path) -> None:
-        self._path, self._root = path, root
+        super().__init__(path, root)
         self._offsets = line_offsets(path)
         if len(self) == 0:
             raise ValueError(f"data list {path} is empty; expected one record a line")
@@ -90,11 +138,11 @@ class JsonLines:
         return parse_record(value, index, where, self._root)
 
 
-class JsonList:
+class JsonList(_List):
     """A JSON list of records, held in memory: for up to some 100,000 records; write JSON Lines beyond."""
 
     def __init__(self, path: Path, root: Path) -> None:
-        self._path, self._root = path, root
+        super().__init__(path, root)
         try:
             values = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
@@ -133,8 +181,12 @@ def parse_record(value: Any, index: int, where: str, root: Path) -> Record:
             raise BadRecord(f"{where} has a {type(value[key]).__name__} under '{key}'; expected a string")
     if not value[path_key]:
         raise BadRecord(f"{where} has an empty string under '{path_key}'; expected the path of an image")
+    width, height = value.get("width"), value.get("height")
+    size = None
+    if isinstance(width, int) and isinstance(height, int) and width > 0 and height > 0:
+        size = width, height
     # An absolute path stays as it is.
-    return Record(index, str(root / value[path_key]), value[caption_key], system_prompt, where)
+    return Record(index, str(root / value[path_key]), value[caption_key], system_prompt, where, size=size)
 
 
 def line_offsets(path: Path) -> NDArray[np.int64]:

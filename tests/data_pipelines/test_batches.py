@@ -15,7 +15,8 @@ from PIL import Image
 
 from data_pipelines import batches as data_batches
 from data_pipelines import images, text
-from data_pipelines.batches import BadRecordCounter, Batch, TextToImageBatches, make_loader, shuffled_index
+from data_pipelines.batches import BadRecordCounter, Batch, TextToImageBatches, make_loader
+from data_pipelines.order import shuffled_index
 from data_pipelines.sources import open_source
 
 NUM_RECORDS = 11

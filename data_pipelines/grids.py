@@ -1,0 +1,206 @@
+"""Batches of images of one grid, for networks that need real rectangles; each a pure function of (seed, step).
+
+Of the n records, n_g are nearest to grid g. Each grid has a stream of draws without end: draw k belongs to epoch
+floor(k / n_g) and takes the record at place k mod n_g of that epoch's permutation. Batch j of grid g holds draws
+j * B to (j + 1) * B - 1 of that stream, B slots over all processes.
+
+After e epochs floor(e * n_g / B) batches of grid g are full. Those full after e + 1 epochs and not before are what
+epoch e consists of, the batches of all grids in an order of their own permutation. So grids come as often as their
+records do, and what is left of a grid at the end of an epoch, less than a batch, begins that grid's first batch of the
+next one: every record is drawn exactly once an epoch, and none is lost. A grid of fewer than B records waits some
+epochs for its batch, which then holds a record several times.
+
+Nothing but the step has to be saved to go on, on any number of processes and threads, and the grid of a step is the
+same on all of them.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple, TypedDict
+
+import numpy as np
+from absl import logging
+from numpy.typing import NDArray
+
+from data_pipelines import images
+from data_pipelines.images import Size
+from data_pipelines.order import CROP_KEY, STEPS_KEY, check_seed, random_word, share_of, shuffled_index
+from data_pipelines.records import BadRecord
+from data_pipelines.sizes import image_sizes
+from data_pipelines.sources import Source
+
+_SECONDS_BETWEEN_WARNINGS = 10
+
+
+class GridBatch(TypedDict):
+    """One process's slice of a global batch: b slots, all images of one size.
+
+    A slot whose record turns out to be broken is black and not valid. The last two entries are for the host and never
+    go to a device.
+    """
+
+    images: NDArray[np.uint8]  # [b, height, width, 3]
+    valid: NDArray[np.bool_]  # [b]
+    record: NDArray[np.int64]  # [b] index in the source
+    num_bad: int  # slots without an image
+
+
+class Grid(NamedTuple):
+    """One size, in pixels, and the records that are cropped to it, in the order of the source."""
+
+    size: Size
+    records: Sequence[int] | NDArray[np.int64]
+
+
+class Draw(NamedTuple):
+    """Where a record of a batch comes from."""
+
+    epoch: int
+    record: int
+
+
+class GridBatches:
+    """Random access to whole batches: element `step` is this process's slice of that global batch, for any step >= 0.
+
+    Args:
+      source: the records; captions are not read.
+      batch_size: slots of the global batch, over all processes.
+      resolution: side in pixels of the square image; no size has more pixels.
+      patch_size: sides are multiples of it.
+      seed: of order and crops, 0 <= seed < 2^32.
+      max_ratio: largest ratio of the sides of a crop. With 1 every image is cropped to the square; else the sizes of
+        all images are needed, see `sizes.image_sizes`.
+      random_crop: cut a random window instead of the centre, drawn anew each epoch. (The release does so for ImageNet,
+        and cuts the centre at native aspect ratios. It flips nothing.)
+      max_bad_fraction: largest share of images that may be without a size.
+      shuffle: if False, every epoch goes through the records as they stand, grid after grid.
+      process_index: this process takes slots [process_index * b, (process_index + 1) * b).
+      process_count: number of processes that share the batch; b = batch_size / process_count.
+
+    Attributes:
+      grids: sizes and their records.
+      num_without_size: records that are in no grid as their header could not be read; 0 with `max_ratio` 1, where
+        nobody looks before the image is read.
+
+    Raises:
+      ValueError: settings that cannot work, or too many images without a size.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        batch_size: int,
+        resolution: int,
+        patch_size: int,
+        seed: int,
+        max_ratio: float = 1.0,
+        random_crop: bool = False,
+        max_bad_fraction: float = 1.0,
+        shuffle: bool = True,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> None:
+        self._slots = share_of(batch_size, process_index, process_count)
+        check_seed(seed)
+        images.token_budget(resolution, patch_size)
+        self.source = source
+        self.grids = [Grid((resolution, resolution), range(len(source)))]
+        self.num_without_size = 0
+        if max_ratio != 1:
+            sizes = image_sizes(source)
+            self.num_without_size = int((sizes[:, 0] == 0).sum())
+            self.grids = by_grid(sizes, images.crop_sizes(resolution, patch_size, max_ratio))
+        if self.num_without_size > max_bad_fraction * len(source) or not self.grids:
+            raise ValueError(
+                f"{self.num_without_size} of {len(source)} images of {source.name} cannot be opened, above "
+                f"max_bad_fraction={max_bad_fraction:g}; the warnings above name some of them with the cause: mend the "
+                f"data and remove {source.beside('sizes.npz')}, or raise the limit"
+            )
+        self._counts = [len(grid.records) for grid in self.grids]
+        self._batch_size, self._seed, self._shuffle, self._random_crop = batch_size, seed, shuffle, random_crop
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, step: int) -> GridBatch:
+        (width, height), draws = self.draws(step)
+        mine = [draws[slot] for slot in self._slots]
+        pixels = np.zeros((len(mine), height, width, 3), np.uint8)
+        valid = np.zeros(len(mine), np.bool_)
+        for slot, (epoch, record) in enumerate(mine):
+            try:
+                image = images.read(self.source[record])
+            except BadRecord as error:
+                logging.log_every_n_seconds(
+                    logging.WARNING, "record %d skipped: %s", _SECONDS_BETWEEN_WARNINGS, record, error
+                )
+                continue
+            pixels[slot] = np.asarray(images.crop(image, (width, height), self._window(epoch, record)))
+            valid[slot] = True
+        record_ids = np.array([draw.record for draw in mine], np.int64)
+        return GridBatch(images=pixels, valid=valid, record=record_ids, num_bad=int((~valid).sum()))
+
+    def draws(self, step: int) -> tuple[Size, list[Draw]]:
+        """The size of a global batch, and what its slots hold, those of other processes too."""
+        grid, batch = self._batch_of(step)
+        size, records = self.grids[grid]
+        draws = []
+        for k in range(batch * self._batch_size, (batch + 1) * self._batch_size):
+            epoch, place = divmod(k, len(records))
+            index = shuffled_index(place, len(records), self._seed, epoch) if self._shuffle else place
+            draws.append(Draw(epoch, int(records[index])))
+        return size, draws
+
+    def records(self, step: int) -> list[int]:
+        """Record index of every slot of a global batch, those of other processes too."""
+        return [draw.record for draw in self.draws(step)[1]]
+
+    @property
+    def fingerprint(self) -> str:
+        """The same on processes that see the same records in the same grids; compare it before the first step."""
+        digest = hashlib.sha256(f"{len(self.source)} records".encode())
+        for size, records in self.grids:
+            found = b"" if isinstance(records, range) else np.asarray(records, np.int64).tobytes()
+            digest.update(repr(size).encode() + found)
+        return digest.hexdigest()[:16]
+
+    def _batch_of(self, step: int) -> tuple[int, int]:
+        """(grid, place in the stream of that grid's batches) of a global batch."""
+        if len(self.grids) == 1:
+            return 0, step
+        latest = (step + len(self.grids) + 1) * self._batch_size // sum(self._counts) + 1
+        epoch = bisect.bisect_right(range(latest + 1), step, key=lambda e: sum(self._full(e))) - 1
+        before, after = self._full(epoch), self._full(epoch + 1)
+        place = step - sum(before)
+        if self._shuffle:
+            place = shuffled_index(place, sum(after) - sum(before), self._seed, epoch, STEPS_KEY)
+        for grid, (first, end) in enumerate(zip(before, after, strict=True)):
+            if place < end - first:
+                return grid, first + place
+            place -= end - first
+        raise AssertionError("a step lies in its epoch")
+
+    def _full(self, epochs: int) -> list[int]:
+        """Full batches of each grid after so many epochs."""
+        return [epochs * count // self._batch_size for count in self._counts]
+
+    def _window(self, epoch: int, record: int) -> tuple[int, int] | None:
+        if not self._random_crop:
+            return None
+        key = (CROP_KEY, self._seed, epoch, record)
+        return random_word(*key, 0), random_word(*key, 1)
+
+
+def by_grid(sizes: NDArray[np.int32], crop_sizes: Sequence[Size]) -> list[Grid]:
+    """The crop sizes that are nearest to some image, each with the records of those; records of size (0, 0) in none."""
+    known = np.flatnonzero(sizes[:, 0] > 0)
+    distinct, kinds = np.unique(sizes[known], axis=0, return_inverse=True)
+    places = {size: i for i, size in enumerate(crop_sizes)}
+    nearest = [places[images.nearest_size((int(w), int(h)), crop_sizes)] for w, h in distinct]
+    grid_of = np.array(nearest, np.int64)[kinds.reshape(-1)]
+    return [Grid(size, known[grid_of == i]) for i, size in enumerate(crop_sizes) if (grid_of == i).any()]
