@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,11 +21,14 @@ from svg_jax.nn.attention import attention
 from svg_jax.nn.linear import conv
 from svg_jax.nn.norms import GroupNorm
 
+MakeConv = Callable[..., nnx.Module]  # (in_features, out_features, size, *, rngs, dtype), like `conv`
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Sizes of a decoder; the defaults are the released one of Autoencoder-P."""
 
+    family: str = "conv"
     z_channels: int = 384
     out_channels: int = 3
     channels: int = 128
@@ -58,13 +62,15 @@ class DecoderConfig:
 class ResBlock(nnx.Module):
     """shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x)))))); the shortcut is 1 x 1 where the width changes."""
 
-    def __init__(self, in_channels: int, out_channels: int, *, rngs: nnx.Rngs, dtype: str) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, *, rngs: nnx.Rngs, dtype: str, make_conv: MakeConv = conv
+    ) -> None:
         self.norm1 = GroupNorm(in_channels)
-        self.conv1 = conv(in_channels, out_channels, 3, rngs=rngs, dtype=dtype)
+        self.conv1 = make_conv(in_channels, out_channels, 3, rngs=rngs, dtype=dtype)
         self.norm2 = GroupNorm(out_channels)
-        self.conv2 = conv(out_channels, out_channels, 3, rngs=rngs, dtype=dtype)
+        self.conv2 = make_conv(out_channels, out_channels, 3, rngs=rngs, dtype=dtype)
         changes = in_channels != out_channels
-        self.nin_shortcut = conv(in_channels, out_channels, 1, rngs=rngs, dtype=dtype) if changes else None
+        self.nin_shortcut = make_conv(in_channels, out_channels, 1, rngs=rngs, dtype=dtype) if changes else None
 
     def __call__(self, x: Float[Array, "batch h w in"]) -> Float[Array, "batch h w out"]:
         y = self.conv1(jax.nn.silu(self.norm1(x)))
@@ -75,12 +81,12 @@ class ResBlock(nnx.Module):
 class AttentionBlock(nnx.Module):
     """x + proj(attention(norm(x))) over all positions, one head."""
 
-    def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype: str) -> None:
+    def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype: str, make_conv: MakeConv = conv) -> None:
         self.norm = GroupNorm(channels)
-        self.q = conv(channels, channels, 1, rngs=rngs, dtype=dtype)
-        self.k = conv(channels, channels, 1, rngs=rngs, dtype=dtype)
-        self.v = conv(channels, channels, 1, rngs=rngs, dtype=dtype)
-        self.proj_out = conv(channels, channels, 1, rngs=rngs, dtype=dtype)
+        self.q = make_conv(channels, channels, 1, rngs=rngs, dtype=dtype)
+        self.k = make_conv(channels, channels, 1, rngs=rngs, dtype=dtype)
+        self.v = make_conv(channels, channels, 1, rngs=rngs, dtype=dtype)
+        self.proj_out = make_conv(channels, channels, 1, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
         batch, height, width, channels = x.shape
@@ -104,10 +110,10 @@ class Upsample(nnx.Module):
 class Middle(nnx.Module):
     """Block, attention, block at the lowest resolution."""
 
-    def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype: str) -> None:
-        self.block_1 = ResBlock(channels, channels, rngs=rngs, dtype=dtype)
-        self.attn_1 = AttentionBlock(channels, rngs=rngs, dtype=dtype)
-        self.block_2 = ResBlock(channels, channels, rngs=rngs, dtype=dtype)
+    def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype: str, make_conv: MakeConv = conv) -> None:
+        self.block_1 = ResBlock(channels, channels, rngs=rngs, dtype=dtype, make_conv=make_conv)
+        self.attn_1 = AttentionBlock(channels, rngs=rngs, dtype=dtype, make_conv=make_conv)
+        self.block_2 = ResBlock(channels, channels, rngs=rngs, dtype=dtype, make_conv=make_conv)
 
     def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -135,7 +141,34 @@ class Level(nnx.Module):
         return x if self.upsample is None else self.upsample(x)
 
 
-class Decoder(nnx.Module):
+class PixelDecoder(nnx.Module):
+    """What the release's decoders share: a part that sees the whole image, one that does not, the last convolution."""
+
+    config: Any  # with `factor` and `out_channels`
+    conv_out: Callable[[Array], Array]  # apart from the rest: adversarial training weighs gradients by its kernel
+
+    def __call__(self, z: Float[Array, "batch h w z_channels"]) -> Float[Array, "batch height width 3"]:
+        """float32 pixels; `(x + 1) / 2` is the image."""
+        return self.fine(self.coarse(z))
+
+    def hidden(self, z: Float[Array, "batch h w z_channels"]) -> Float[Array, "batch height width c"]:
+        """What the last convolution makes pixels of."""
+        return self.upper(self.coarse(z))
+
+    def fine(self, x: Float[Array, "batch h2 w2 c"]) -> Float[Array, "batch height width 3"]:
+        """Pixels of what `coarse` gave."""
+        return self.conv_out(self.upper(x)).astype(jnp.float32)
+
+    def coarse(self, z: Float[Array, "batch h w z_channels"]) -> Float[Array, "batch h2 w2 c"]:
+        """Up to the end of the lowest level: all of the attention, and little of the memory."""
+        raise NotImplementedError
+
+    def upper(self, x: Float[Array, "batch h2 w2 c"]) -> Float[Array, "batch height width c"]:
+        """The other levels, up to the last convolution."""
+        raise NotImplementedError
+
+
+class Decoder(PixelDecoder):
     """Features [B, h, w, z_channels] -> images [B, h * factor, w * factor, 3], about in [-1, 1], not clipped."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
@@ -152,23 +185,17 @@ class Decoder(nnx.Module):
         self.norm_out = GroupNorm(widths[0])
         self.conv_out = conv(widths[0], config.out_channels, 3, rngs=rngs, dtype=config.dtype)
 
-    def __call__(self, z: Float[Array, "batch h w z_channels"]) -> Float[Array, "batch height width 3"]:
-        """float32 pixels; `(x + 1) / 2` is the image."""
-        return self.fine(self.coarse(z))
-
     def coarse(self, z: Float[Array, "batch h w z_channels"]) -> Float[Array, "batch h2 w2 c"]:
-        """Up to the end of the lowest level: all of the attention, and little of the memory."""
         return self.up[-1](self.mid(self.conv_in(z.astype(self.config.dtype))))
 
-    def fine(self, x: Float[Array, "batch h2 w2 c"]) -> Float[Array, "batch height width 3"]:
-        """The other levels."""
+    def upper(self, x: Float[Array, "batch h2 w2 c"]) -> Float[Array, "batch height width c"]:
         for level in reversed(self.up[:-1]):
             x = level(x)
-        return self.conv_out(jax.nn.silu(self.norm_out(x))).astype(jnp.float32)
+        return jax.nn.silu(self.norm_out(x))
 
 
 def decode_in_tiles(
-    decoder: Decoder, z: Float[Array, "batch h w z_channels"], tile: int
+    decoder: PixelDecoder, z: Float[Array, "batch h w z_channels"], tile: int
 ) -> Float[Array, "batch height width 3"]:
     """Decodes overlapping squares of `tile` features a side one after the other, and blends them.
 

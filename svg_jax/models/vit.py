@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +16,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from svg_jax.nn.attention import attention
-from svg_jax.nn.linear import linear, sharded
+from svg_jax.nn.blocks import INIT, Block, BlockConfig, PatchEmbed
 from svg_jax.nn.norms import LayerNorm
 from svg_jax.nn.patches import patchify, token_mask, token_positions
-from svg_jax.nn.rotary import rotate_halves
 from svg_jax.nn.stack import scan_layers, stacked
 from svg_jax.parallel import constrain_tokens
 
-INIT = nnx.initializers.truncated_normal(0.02)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SWIGLU_ALIGNMENT = {"swiglu": 8, "swiglu32": 32, "swiglu64": 64, "swiglu128": 128}  # of the hidden width
@@ -34,6 +31,7 @@ SWIGLU_ALIGNMENT = {"swiglu": 8, "swiglu32": 32, "swiglu64": 64, "swiglu128": 12
 class ViTConfig:
     """Sizes of a DINOv3 ViT; the defaults are ViT-S/16."""
 
+    family: str = "dinov3"  # see models.encoders
     dim: int = 384
     num_layers: int = 12
     num_heads: int = 6
@@ -50,7 +48,12 @@ class ViTConfig:
     dtype: str = "float32"  # of the linear maps and attention; the residual stream and the norms are float32
     attention: str = "auto"  # see nn.attention.BACKENDS
 
+    pixel_mean: ClassVar[tuple[float, ...]] = IMAGENET_MEAN
+    pixel_std: ClassVar[tuple[float, ...]] = IMAGENET_STD
+
     def __post_init__(self) -> None:
+        if self.family != "dinov3":
+            raise ValueError(f"a ViTConfig is of family dinov3, not '{self.family}': see models.encoders")
         if self.dim % self.num_heads or self.head_dim % 4:
             raise ValueError(
                 f"dim / num_heads = {self.dim} / {self.num_heads} must be a multiple of 4: "
@@ -61,6 +64,28 @@ class ViTConfig:
     def head_dim(self) -> int:
         """Channels of one attention head."""
         return self.dim // self.num_heads
+
+    @property
+    def tokens_in_front(self) -> int:
+        """Class token and storage tokens."""
+        return 1 + self.num_storage_tokens
+
+    @property
+    def block(self) -> BlockConfig:
+        """Of its blocks."""
+        return BlockConfig(
+            dim=self.dim,
+            num_heads=self.num_heads,
+            hidden_dim=self.hidden_dim,
+            gated=self.gated,
+            qkv_bias=self.qkv_bias,
+            mask_key_bias=self.mask_key_bias,
+            layer_scale=self.layer_scale,
+            norm_eps=self.norm_eps,
+            rotary="halves",
+            dtype=self.dtype,
+            attention=self.attention,
+        )
 
     @classmethod
     def vits16(cls, **changes: Any) -> ViTConfig:
@@ -164,109 +189,6 @@ class ViTOutput(NamedTuple):
     patch_tokens: Float[Array, "batch tokens dim"]
 
 
-class MaskedBiasLinear(nnx.Module):
-    """y = x W + b * m: queries, keys and values with a mask m that takes the bias off the keys."""
-
-    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
-        self.dtype = config.dtype
-        features = 3 * config.dim
-        self.kernel = nnx.Param(INIT(rngs.params(), (config.dim, features), jnp.float32), **sharded("embed", "heads"))
-        self.bias = nnx.Param(jnp.zeros((features,), jnp.float32))
-        self.bias_mask = nnx.Param(jnp.asarray(qkv_bias_mask((features,))))
-
-    def __call__(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens features"]:
-        bias = self.bias[...] * jax.lax.stop_gradient(self.bias_mask[...])
-        return x.astype(self.dtype) @ self.kernel[...].astype(self.dtype) + bias.astype(self.dtype)[None, None]
-
-
-class Attention(nnx.Module):
-    """Self-attention; patches are rotated, class and storage tokens are not (their angle is 0)."""
-
-    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
-        self.num_heads, self.backend = config.num_heads, config.attention
-        if config.qkv_bias and config.mask_key_bias:
-            self.qkv: nnx.Module = MaskedBiasLinear(config, rngs=rngs)
-        else:
-            self.qkv = linear(
-                config.dim,
-                3 * config.dim,
-                ("embed", "heads"),
-                use_bias=config.qkv_bias,
-                dtype=config.dtype,
-                kernel_init=INIT,
-                rngs=rngs,
-            )
-        self.proj = linear(config.dim, config.dim, ("heads", "embed"), dtype=config.dtype, kernel_init=INIT, rngs=rngs)
-
-    def __call__(self, x: Array, rotary: tuple[Array, Array], valid: Array) -> Array:
-        qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        q, k = rotate_halves(q, *rotary), rotate_halves(k, *rotary)
-        return self.proj(attention(q, k, v, valid=valid, backend=self.backend).reshape(x.shape))
-
-
-class MLP(nnx.Module):
-    """fc2(gelu(fc1 x)), GELU exact."""
-
-    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
-        dim, hidden, dtype = config.dim, config.hidden_dim, config.dtype
-        self.fc1 = linear(dim, hidden, ("embed", "mlp"), dtype=dtype, kernel_init=INIT, rngs=rngs)
-        self.fc2 = linear(hidden, dim, ("mlp", "embed"), dtype=dtype, kernel_init=INIT, rngs=rngs)
-
-    def __call__(self, x: Array) -> Array:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
-
-
-class SwiGLU(nnx.Module):
-    """w3(silu(w1 x) * w2 x) (arXiv 2002.05202)."""
-
-    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
-        dim, hidden, dtype = config.dim, config.hidden_dim, config.dtype
-        self.w1 = linear(dim, hidden, ("embed", "mlp"), dtype=dtype, kernel_init=INIT, rngs=rngs)
-        self.w2 = linear(dim, hidden, ("embed", "mlp"), dtype=dtype, kernel_init=INIT, rngs=rngs)
-        self.w3 = linear(hidden, dim, ("mlp", "embed"), dtype=dtype, kernel_init=INIT, rngs=rngs)
-
-    def __call__(self, x: Array) -> Array:
-        return self.w3(jax.nn.silu(self.w1(x)) * self.w2(x))
-
-
-class LayerScale(nnx.Module):
-    """x * gamma, a channel (arXiv 2103.17239)."""
-
-    def __init__(self, config: ViTConfig) -> None:
-        self.gamma = nnx.Param(jnp.full((config.dim,), config.layer_scale, jnp.float32))
-
-    def __call__(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens dim"]:
-        return x.astype(jnp.float32) * self.gamma[...].astype(jnp.float32)[None, None]
-
-
-class Block(nnx.Module):
-    """x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x)))."""
-
-    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
-        self.norm1 = LayerNorm(config.dim, eps=config.norm_eps)
-        self.attn = Attention(config, rngs=rngs)
-        self.ls1 = LayerScale(config)
-        self.norm2 = LayerNorm(config.dim, eps=config.norm_eps)
-        self.mlp = SwiGLU(config, rngs=rngs) if config.gated else MLP(config, rngs=rngs)
-        self.ls2 = LayerScale(config)
-
-    def __call__(self, x: Array, rotary: tuple[Array, Array], valid: Array) -> Array:
-        x = x + self.ls1(self.attn(self.norm1(x), rotary, valid))
-        return constrain_tokens(x + self.ls2(self.mlp(self.norm2(x))))
-
-
-class PatchEmbed(nnx.Module):
-    """A linear map of each patch."""
-
-    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
-        features = 3 * config.patch_size**2
-        self.proj = linear(features, config.dim, (None, "embed"), dtype=config.dtype, kernel_init=INIT, rngs=rngs)
-
-    def __call__(self, patches: Float[Array, "batch tokens pixels"]) -> Float[Array, "batch tokens dim"]:
-        return self.proj(patches)
-
-
 class RopeEmbed(nnx.Module):
     """Angles of the rotary embedding; the periods are stored with the weights, and those stored are used."""
 
@@ -288,7 +210,7 @@ class ViT(nnx.Module):
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.patch_embed = PatchEmbed(config, rngs=rngs)
+        self.patch_embed = PatchEmbed(config.patch_size, config.dim, config.dtype, rngs=rngs)
         self.cls_token = nnx.Param(INIT(rngs.params(), (1, 1, config.dim), jnp.float32))
         if config.num_storage_tokens:
             self.storage_tokens = nnx.Param(
@@ -296,7 +218,7 @@ class ViT(nnx.Module):
             )
         self.mask_token = nnx.Param(jnp.zeros((1, config.dim), jnp.float32))  # for masked training; unused here
         self.rope_embed = RopeEmbed(config)
-        self.blocks = stacked(lambda rngs: Block(config, rngs=rngs), config.num_layers, rngs=rngs)
+        self.blocks = stacked(lambda rngs: Block(config.block, rngs=rngs), config.num_layers, rngs=rngs)
         self.norm = LayerNorm(config.dim, eps=config.norm_eps)
         if config.local_norm:
             self.local_cls_norm = LayerNorm(config.dim, eps=config.norm_eps)
@@ -366,20 +288,14 @@ class ViT(nnx.Module):
         mask: Bool[Array, "batch tokens"] | None = None,
     ) -> tuple[Array, tuple[Array, Array], Array]:
         """The sequence [class, storage, patches], float32, its rotary (cos, sin), and which of its slots are in use."""
-        batch, tokens, pixels = patches.shape
-        if pixels != 3 * self.patch_size**2:
-            raise ValueError(
-                f"a patch has {pixels} numbers, but patch_size {self.patch_size} needs {3 * self.patch_size**2}: "
-                "cut the images with the encoder's patch_size"
-            )
+        batch, tokens, _ = patches.shape
         mask = token_mask(grid, tokens) if mask is None else mask
-        patches = jnp.where(mask[..., None], patches, jnp.zeros_like(patches))  # whatever padding holds, NaN included
         tokens_in_front = [self.cls_token[...]]
         if self.config.num_storage_tokens:
             tokens_in_front.append(self.storage_tokens[...])
         front = jnp.concatenate(tokens_in_front, axis=1).astype(jnp.float32)
         front = jnp.broadcast_to(front, (batch, *front.shape[1:]))
-        x = jnp.concatenate([front, self.patch_embed(patches).astype(jnp.float32)], axis=1)
+        x = jnp.concatenate([front, self.patch_embed(patches, mask).astype(jnp.float32)], axis=1)
 
         pad = ((0, 0), (front.shape[1], 0))
         angles = jnp.pad(self.rope_embed(grid, tokens), (*pad, (0, 0)))
@@ -388,7 +304,7 @@ class ViT(nnx.Module):
 
     def split(self, x: Float[Array, "batch sequence dim"]) -> ViTOutput:
         """A sequence into its three kinds of tokens."""
-        front = 1 + self.config.num_storage_tokens
+        front = self.config.tokens_in_front
         return ViTOutput(x[:, 0], x[:, 1:front], x[:, front:])
 
 
@@ -397,15 +313,12 @@ def rope_periods(count: int, base: float) -> np.ndarray:
     return (base ** (np.arange(count, dtype=np.float64) / count)).astype(np.float32)
 
 
-def qkv_bias_mask(shape: tuple[int, ...]) -> np.ndarray:
-    """1 for queries, 0 for keys, 1 for values, each a third of the last axis."""
-    thirds = np.array([1.0, 0.0, 1.0], np.float32)
-    return np.broadcast_to(np.repeat(thirds, shape[-1] // 3), shape)
-
-
-def normalise_pixels(patches: UInt8[Array, "... pixels"]) -> Float[Array, "... pixels"]:
-    """0 .. 255 -> (v / 255 - mean) / std with the statistics of ImageNet, channel fastest; float32."""
+def normalise_pixels(
+    patches: UInt8[Array, "... pixels"],
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+) -> Float[Array, "... pixels"]:
+    """0 .. 255 -> (v / 255 - mean) / std a colour, channel fastest; float32. By default statistics of ImageNet."""
     repeats, shape = patches.shape[-1] // 3, (1,) * (patches.ndim - 1) + (-1,)
-    mean = np.tile(np.array(IMAGENET_MEAN, np.float32), repeats).reshape(shape)
-    std = np.tile(np.array(IMAGENET_STD, np.float32), repeats).reshape(shape)
-    return (patches.astype(jnp.float32) / 255.0 - mean) / std
+    tiled = (np.tile(np.array(values, np.float32), repeats).reshape(shape) for values in (mean, std))
+    return (patches.astype(jnp.float32) / 255.0 - next(tiled)) / next(tiled)

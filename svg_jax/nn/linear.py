@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from svg_jax.nn.attention import current_platform
+
 XAVIER = nnx.initializers.xavier_uniform()
+PYTORCH_CONV = nnx.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")  # PyTorch's default
+WIDE = 128  # channels from which a convolution has its own gradient on a CPU
 
 
 def sharded(*axes: str | None) -> dict[str, Any]:
@@ -50,15 +55,81 @@ def matrix_product(
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def conv(in_features: int, out_features: int, size: int, *, rngs: nnx.Rngs, dtype: DTypeLike | None = None) -> nnx.Conv:
-    """A `size` x `size` convolution over [B, H, W, C] that keeps H and W; kernel [size, size, in, out]."""
+def conv(
+    in_features: int,
+    out_features: int,
+    size: int,
+    *,
+    rngs: nnx.Rngs,
+    dtype: DTypeLike | None = None,
+    stride: int = 1,
+    padding: int | None = None,
+    use_bias: bool = True,
+    kernel_init: Initializer = PYTORCH_CONV,
+) -> nnx.Conv:
+    """A `size` x `size` convolution over [B, H, W, C]; kernel [size, size, in, out].
+
+    `padding` zeros are put around the image; by default as many as keep H and W.
+    """
     return nnx.Conv(
         in_features,
         out_features,
         (size, size),
-        padding="SAME",
+        strides=stride,
+        padding="SAME" if padding is None else padding,
+        use_bias=use_bias,
         dtype=dtype,
-        kernel_init=nnx.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform"),  # PyTorch's default
+        kernel_init=kernel_init,
         kernel_metadata=sharded(None, None, "embed", "mlp"),
+        conv_general_dilated=convolution,
         rngs=rngs,
     )
+
+
+def convolution(
+    x: Float[Array, "batch h w in"],
+    kernel: Float[Array, "rows cols in out"],
+    strides: tuple[int, int],
+    padding: Any,
+    **settings: Any,
+) -> Float[Array, "batch h2 w2 out"]:
+    """`jax.lax.conv_general_dilated`; on a CPU, wide 3 x 3 ones have a gradient of their own."""
+    plain = kernel.shape[:2] == (3, 3) and tuple(strides) == (1, 1) and padding == "SAME"
+    if plain and min(kernel.shape[2:]) >= WIDE and current_platform() == "cpu":
+        return _wide_conv(x, kernel)
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, **settings)
+
+
+@jax.custom_vjp
+def _wide_conv(x: Float[Array, "batch h w in"], kernel: Float[Array, "3 3 in out"]) -> Float[Array, "batch h w out"]:
+    """A 3 x 3 convolution whose kernel's gradient is one matrix product.
+
+    dK[i, j] = sum over places p of x[p + (i, j) - 1]^T dy[p]: x moved to the three columns times dy moved to the three
+    rows gives all nine at once, from arrays three times as large. XLA's own form took 7 times as long on a CPU at
+    128 x 128 pixels and 128 channels.
+    """
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _wide_conv_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _wide_conv(x, kernel), (x, kernel)
+
+
+def _wide_conv_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
+    dx = _wide_conv(dy, kernel[::-1, ::-1].swapaxes(2, 3))
+    columns = jnp.concatenate([_moved(x, 2, 1 - j) for j in range(3)], axis=-1)  # [.., w, ..] of [.., w + j - 1, ..]
+    rows = jnp.concatenate([_moved(dy, 1, i - 1) for i in range(3)], axis=-1)
+    product = columns.reshape(-1, columns.shape[-1]).T @ rows.reshape(-1, rows.shape[-1])
+    return dx, product.reshape(3, x.shape[-1], 3, dy.shape[-1]).transpose(2, 0, 1, 3)
+
+
+_wide_conv.defvjp(_wide_conv_forward, _wide_conv_backward)
+
+
+def _moved(x: Float[Array, "batch h w c"], axis: int, by: int) -> Float[Array, "batch h w c"]:
+    """Every place takes the value that stood `by` (-1, 0 or 1) before it along an axis, zeros at the border."""
+    if by == 0:
+        return x
+    padded = jnp.pad(x, [(1, 1) if i == axis else (0, 0) for i in range(x.ndim)])
+    return jax.lax.slice_in_dim(padded, 1 - by, 1 - by + x.shape[axis], axis=axis)

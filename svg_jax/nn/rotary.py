@@ -35,22 +35,26 @@ def multi_axis(
 
 def rotate_interleaved(
     x: Float[Array, "batch tokens heads dim"],
-    cos: Float[Array, "batch tokens half"],
-    sin: Float[Array, "batch tokens half"],
+    cos: Float[Array, "batch tokens *heads half"],
+    sin: Float[Array, "batch tokens *heads half"],
 ) -> Float[Array, "batch tokens heads dim"]:
-    """Turns the pairs (2i, 2i + 1) of every head."""
+    """Turns the pairs (2i, 2i + 1) of every head by the token's angles, or, given an axis of heads, by the head's."""
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     a, b = pairs[..., 0], pairs[..., 1]
-    cos, sin = cos[:, :, None], sin[:, :, None]
+    cos, sin = _for_heads(cos), _for_heads(sin)
     return jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape).astype(x.dtype)
 
 
 def rotate_halves(
     x: Float[Array, "batch tokens heads dim"],
-    cos: Float[Array, "batch tokens half"],
-    sin: Float[Array, "batch tokens half"],
+    cos: Float[Array, "batch tokens *heads half"],
+    sin: Float[Array, "batch tokens *heads half"],
 ) -> Float[Array, "batch tokens heads dim"]:
-    """Turns the pairs (i, i + dim / 2) of every head."""
+    """Turns the pairs (i, i + dim / 2) of every head; angles as for `rotate_interleaved`."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
+    cos, sin = _for_heads(cos), _for_heads(sin)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
+
+
+def _for_heads(values: Float[Array, "batch tokens *heads half"]) -> Float[Array, "batch tokens #heads half"]:
+    return values[:, :, None] if values.ndim == 3 else values

@@ -6,6 +6,7 @@ element-wise operations too, which the formulas leave out: so the widths are suc
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,12 @@ import pytest
 from svg_jax.models import flops
 from svg_jax.models.autoencoder import AutoencoderConfig
 from svg_jax.models.decoder import Decoder, DecoderConfig
+from svg_jax.models.decoder_hy import HyDecoder, HyDecoderConfig
+from svg_jax.models.discriminator import DiscriminatorConfig, PatchDiscriminator
 from svg_jax.models.gemma2 import Gemma2, Gemma2Config
+from svg_jax.models.lpips import VGG16, LPIPSConfig
 from svg_jax.models.next_dit import NextDiT, NextDiTConfig
+from svg_jax.models.residual import ResidualConfig, ResidualViT
 from svg_jax.models.vit import ViT, ViTConfig
 from svg_jax.nn.functional import Network
 
@@ -93,6 +98,34 @@ def test_the_decoder_is_what_xla_counts(grid: tuple[int, int]) -> None:
     assert 1.0 <= found / (BATCH * flops.decoder(DECODER, grid)) < 1.03
 
 
+def test_the_other_decoder_is_what_xla_counts() -> None:
+    config = HyDecoderConfig(z_channels=64, channels=(128, 64), num_res_blocks=1, factor=2)
+    network = Network(lambda rngs: HyDecoder(config, rngs=rngs))
+    found = counted(lambda params, z: network(params)(z), network.shapes, struct(BATCH, 6, 6, config.z_channels))
+    assert 1.0 <= found / (BATCH * flops.hy_decoder(config, (6, 6))) < 1.03
+
+
+def test_the_residual_branch_is_what_xla_counts() -> None:
+    config = ResidualConfig(dim=512, num_layers=1, num_heads=8, hidden_dim=1024, attention="xla")
+    network = Network(lambda rngs: ResidualViT(config, rngs=rngs))
+    patches = struct(BATCH, IMAGE_TOKENS, 3 * config.patch_size**2)
+    found = counted(lambda params, *x: network(params)(*x), network.shapes, patches, struct(BATCH, 2, dtype=jnp.int32))
+    assert 1.0 <= found / (BATCH * flops.residual(config, IMAGE_TOKENS)) < 1.03
+
+
+def test_the_judges_are_what_xla_counts() -> None:
+    lpips, adversary, size = LPIPSConfig((32, 64, 64, 64, 64)), DiscriminatorConfig(32, 2), (32, 48)
+    images = struct(BATCH, *size, 3)
+    vgg = Network(lambda rngs: VGG16(lpips, rngs=rngs))
+    found = counted(lambda params, x: vgg(params)(x)[-1], vgg.shapes, images)
+    assert 1.0 <= found / (BATCH * flops.vgg16(lpips, size)) < 1.03
+    patch = Network(lambda rngs: PatchDiscriminator(adversary, rngs=rngs))
+    found = counted(
+        lambda params, x, valid: patch(params)(x, valid, train=True)[0], patch.shapes, images, struct(BATCH, dtype=bool)
+    )
+    assert 1.0 <= found / (BATCH * flops.discriminator(adversary, size)) < 1.06  # batch-norm is more of it
+
+
 def test_layers_count_as_often_as_they_are_there() -> None:
     """What the counts above cannot see, as they are of one layer."""
     one, three, five = (
@@ -112,8 +145,18 @@ def test_a_step_is_three_times_what_is_trained_and_once_what_is_frozen() -> None
     tokens, grid = 16 * 16, (16, 16)
     frozen = flops.vit(sizes.encoder, tokens)
     trained = flops.decoder(sizes.decoder, grid)
-    assert flops.autoencoder_step(sizes, grid) == frozen + 3 * trained
+    assert flops.autoencoder_step(sizes, None, None, grid) == frozen + 3 * trained
+    perceptual, adversary = LPIPSConfig(), DiscriminatorConfig()
+    judges = 3 * flops.vgg16(perceptual, (256, 256)) + 7 * flops.discriminator(adversary, (256, 256))
+    assert flops.autoencoder_step(sizes, perceptual, adversary, grid) == frozen + 3 * trained + judges
+    branch = ResidualConfig()
+    with_branch = AutoencoderConfig(ViTConfig(), DecoderConfig(z_channels=392), branch)
+    three = flops.autoencoder_step(with_branch, None, None, grid)
+    once = flops.autoencoder_step(
+        dataclasses.replace(with_branch, residual=dataclasses.replace(branch, frozen=True)), None, None, grid
+    )
+    assert three - once == 2 * flops.residual(branch, tokens)
     language, dit = flops.gemma2_features(Gemma2Config(), 512), flops.next_dit(NextDiTConfig(), tokens, 512)
-    step = flops.text_to_image_step(NextDiTConfig(), sizes.encoder, Gemma2Config(), tokens, 512)
+    step = flops.text_to_image_step(NextDiTConfig(), sizes, Gemma2Config(), tokens, 512)
     assert step == frozen + language + 3 * dit
     assert 2.0 < dit / (2 * 2.6e9 * tokens) < 4.0  # two a parameter and token, most of them text at 256 px
