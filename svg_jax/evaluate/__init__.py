@@ -1,0 +1,1 @@
+"""Scores of checkpoints; `python -m svg_jax.evaluate --help`."""

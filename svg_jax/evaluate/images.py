@@ -1,0 +1,80 @@
+"""Image files as the release's evaluation reads them: as floats, resized, centre crop; batches of them, read ahead."""
+
+from __future__ import annotations
+
+import collections
+import io
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+from data_pipelines.records import BadRecord, Record
+
+Value = TypeVar("Value")
+
+
+def read(record: Record, side: int) -> Float[np.ndarray, "side side 3"]:
+    """The centre square of an image file, in [-1, 1].
+
+    Converted to RGB by Pillow as torchvision's `ImageFolder` does: not turned by its EXIF orientation, and without its
+    transparency.
+
+    Raises:
+        BadRecord: It cannot be read as an image.
+    """
+    try:
+        with Image.open(record.path if record.image is None else io.BytesIO(record.image)) as image:
+            return centre_square(image.convert("RGB"), side)
+    except FileNotFoundError as error:
+        raise BadRecord(f"image {record.path} does not exist") from error
+    # Pillow's decoders answer broken bytes with OSError, SyntaxError, struct.error, IndexError and many others.
+    except Exception as error:
+        raise BadRecord(f"image {record.path} cannot be read ({type(error).__name__}: {error})") from error
+
+
+def centre_square(image: Image.Image, side: int) -> Float[np.ndarray, "side side 3"]:
+    """The shorter side resized to `side`, the longer one cut on both ends; values in [-1, 1], not cut to 8 bits.
+
+    The image is resized as floats by a triangle filter that widens where the image shrinks: torchvision's
+    `Resize(side)` of a tensor followed by `CenterCrop(side)`, whose PyTorch kernel computes what Pillow computes for
+    images of floats.
+    """
+    width, height = image.size
+    short, long = min(width, height), max(width, height)
+    resized = (side, int(side * long / short)) if width <= height else (int(side * long / short), side)
+    left, top = (round((resized[0] - side) / 2), round((resized[1] - side) / 2))
+    pixels = np.asarray(image, np.float32) / 255
+    channels = [
+        Image.fromarray(np.ascontiguousarray(pixels[..., i])).resize(resized, Image.Resampling.BILINEAR)
+        for i in range(3)
+    ]
+    square = [np.asarray(channel)[top : top + side, left : left + side] for channel in channels]
+    return np.stack(square, axis=-1) * 2 - 1
+
+
+def read_ahead(
+    read: Callable[[int], Value], groups: Sequence[Sequence[int]], num_threads: int
+) -> Generator[list[Value | BadRecord], None, None]:
+    """What `read` gives for each index, a group at a time, or the `BadRecord` that it raises.
+
+    One group is read while the caller works on the one before; no more is held.
+    """
+
+    def attempt(index: int) -> Value | BadRecord:
+        try:
+            return read(index)
+        except BadRecord as error:
+            return error
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        pending: collections.deque[list[Future[Value | BadRecord]]] = collections.deque()
+        for group in groups:
+            pending.append([pool.submit(attempt, index) for index in group])
+            if len(pending) > 1:
+                yield [future.result() for future in pending.popleft()]
+        while pending:
+            yield [future.result() for future in pending.popleft()]

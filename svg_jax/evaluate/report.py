@@ -1,0 +1,217 @@
+"""From the parts of a reconstruction run to its report: JSON, a line an image, a table, and a page with pictures."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import heapq
+import io
+import json
+import math
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from svg_jax.evaluate.fid import Moments, bias, frechet_distance
+from svg_jax.evaluate.results import Part, Results, flattened
+
+PICTURES = 8  # of each end on the page
+SIGNS = {"psnr": 1.0, "ssim": 1.0, "lpips": -1.0}  # of a value an image: 1 where more is better
+TITLES = {"rfid": "rFID", "psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS"}
+COLUMNS = {"rFID": "rfid", "PSNR": "psnr", "LPIPS": "lpips", "SSIM": "ssim"}  # of the release's `metrics.csv`
+
+
+def rank(part: Part) -> Float[np.ndarray, " images"]:
+    """A number for each image of a part, the larger the better; the lowest of all where there is no number."""
+    name = next(name for name in ("lpips", "ssim", "psnr") if name in part)  # what is nearest to what people see
+    values = SIGNS[name] * np.asarray(part[name], np.float64)
+    return np.where(np.isnan(values), -np.inf, values)
+
+
+class Picture(NamedTuple):
+    """A row of pictures; compared by rank, then by place, so that equal ranks come in one order."""
+
+    rank: float
+    place: int  # in the data
+    caption: str
+    jpeg: bytes
+
+
+class Summary(NamedTuple):
+    """All that a report says."""
+
+    scores: dict[str, float]  # of the data set
+    per_image: dict[str, dict[str, float]]  # mean, median, worst and best
+    images: list[dict[str, Any]]  # a row an image, in the order of the data
+    num_bad: int
+    warnings: list[str]
+    worst: list[Picture]
+    best: list[Picture]
+
+
+def summarise(results: Results, num_parts: int) -> Summary:
+    """Reads the parts one after the other; what is kept of each is a few numbers an image.
+
+    Raises:
+        ValueError: No image could be read, or rFID has fewer than 2.
+    """
+    metrics = results.settings["metrics"]
+    rows: list[dict[str, Any]] = []
+    batches: dict[str, list[float]] = {name: [] for name in ("ssim", "lpips") if name in metrics}
+    moments: dict[str, Moments] = {}
+    worst: list[Picture] = []
+    best: list[Picture] = []
+    num_broken = 0
+    for part in results.parts(num_parts):
+        bad = zip(part["bad_index"].tolist(), part["bad_reason"].tolist(), strict=True)
+        rows += [{"index": index, "error": reason} for index, reason in bad]
+        if not len(part["index"]):
+            continue
+        values = {name: np.asarray(part[name], np.float64) for name in SIGNS if name in metrics}
+        for i, (index, name) in enumerate(zip(part["index"].tolist(), part["name"].tolist(), strict=True)):
+            rows.append({"index": index, "name": name, **{key: float(v[i]) for key, v in values.items()}})
+        for name, means in batches.items():
+            means.append(float(values[name].mean()))
+        for side in ("input", "reconstruction") if "rfid" in metrics else ():
+            new = Moments.of(part[f"features_{side}"])
+            moments[side] = moments[side].merged(new) if side in moments else new
+        num_broken += int(np.sum(~part["finite"]))
+        shown = _pictures(part, values)
+        worst = heapq.nsmallest(PICTURES, worst + shown)
+        best = heapq.nlargest(PICTURES, best + shown)
+    rows.sort(key=lambda row: row["index"])
+    good = [row for row in rows if "error" not in row]
+    if not good:
+        raise ValueError(
+            f"none of the {len(rows)} images of {results.settings['data']} could be read: {rows[0]['error']}"
+        )
+
+    scores: dict[str, float] = {}
+    if "rfid" in metrics:
+        scores["rfid"] = frechet_distance(moments["input"], moments["reconstruction"])
+    if "psnr" in metrics:
+        scores["psnr"] = float(np.mean([row["psnr"] for row in good]))
+    scores |= {name: float(np.mean(means)) for name, means in batches.items()}
+    per_image = {name: _spread(np.array([row[name] for row in good]), SIGNS[name]) for name in SIGNS if name in metrics}
+    num_bad = len(rows) - len(good)
+    warnings = _warnings(scores, len(good), num_bad, num_broken)
+    return Summary(scores, per_image, rows, num_bad, warnings, worst, best)
+
+
+def _pictures(part: Part, values: Mapping[str, np.ndarray]) -> list[Picture]:
+    found = []
+    for key in part:
+        if key.startswith("picture_"):
+            i = int(key.removeprefix("picture_"))
+            numbers = ", ".join(f"{TITLES[name]} {_number(v[i])}" for name, v in values.items())
+            caption = f"{part['name'][i]}: {numbers}" if numbers else str(part["name"][i])
+            found.append(Picture(float(rank(part)[i]), int(part["index"][i]), caption, part[key].tobytes()))
+    return found
+
+
+def _spread(values: Float[np.ndarray, " images"], sign: float) -> dict[str, float]:
+    ordered = np.sort(sign * values) * sign
+    middle = ordered[(len(ordered) - 1) // 2 : len(ordered) // 2 + 1].mean()
+    return {
+        name: float(v)
+        for name, v in zip(
+            ("mean", "median", "worst", "best"), (values.mean(), middle, ordered[0], ordered[-1]), strict=True
+        )
+    }
+
+
+def _warnings(scores: Mapping[str, float], num_images: int, num_bad: int, num_broken: int) -> list[str]:
+    found = []
+    if "rfid" in scores and (text := bias(num_images)):
+        found.append(text)
+    if num_bad:
+        found.append(f"{num_bad:,} of {num_bad + num_images:,} images could not be read and are left out")
+    if num_broken:
+        found.append(f"{num_broken:,} of {num_images:,} reconstructions hold values that are not finite")
+    if math.isinf(scores.get("psnr", 0.0)):
+        found.append("PSNR is infinite: at least one image is reconstructed exactly")
+    return found
+
+
+def write_report(results: Results, num_parts: int) -> str:
+    """Writes `results.json`, `images.jsonl`, `results.md`, `metrics.csv` and `index.html`; returns the table.
+
+    Numbers that JSON cannot hold are null there.
+
+    Raises:
+        ValueError: No image could be read, or rFID has fewer than 2.
+    """
+    summary = summarise(results, num_parts)
+    report = {
+        "scores": summary.scores,
+        "per_image": summary.per_image,
+        "num_images": len(summary.images) - summary.num_bad,
+        "num_bad": summary.num_bad,
+        "warnings": summary.warnings,
+        "settings": results.settings,
+    }
+    table = markdown(summary)
+    results.write("images.jsonl", "".join(json.dumps(_plain(row), ensure_ascii=False) + "\n" for row in summary.images))
+    results.write("results.json", json.dumps(_plain(report), indent=2, ensure_ascii=False))
+    results.write("results.md", f"# Reconstruction\n\n{table}\n## Settings\n\n{_listed(results.settings)}")
+    results.write("metrics.csv", release_row(summary.scores))
+    results.write("index.html", page(results, summary))
+    return f"{table}\n{results.folder / 'index.html'}"
+
+
+def markdown(summary: Summary) -> str:
+    """The scores as a table, and the warnings below it."""
+    lines = ["| metric | score | mean over images | median | worst | best |", "|---|---|---|---|---|---|"]
+    for name, score in summary.scores.items():
+        spread = summary.per_image.get(name, {})
+        cells = [_number(spread[key]) if spread else "" for key in ("mean", "median", "worst", "best")]
+        lines.append(f"| {TITLES[name]} | {_number(score)} | {' | '.join(cells)} |")
+    count = f"\n{len(summary.images) - summary.num_bad:,} images.\n"
+    return "\n".join(lines) + "\n" + count + "".join(f"\nWarning: {text}.\n" for text in summary.warnings)
+
+
+def release_row(scores: Mapping[str, float]) -> str:
+    """`metrics.csv` as the release writes it, with nothing where a metric was not asked for."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(COLUMNS)
+    writer.writerow(round(scores[name], 3) if name in scores else "" for name in COLUMNS.values())
+    return text.getvalue()
+
+
+def page(results: Results, summary: Summary) -> str:
+    """The report as one HTML file that loads nothing from elsewhere."""
+    from jinja2 import Template
+
+    template = resources.files("svg_jax.evaluate").joinpath("reconstruction.html.j2").read_text()
+    sections = {
+        title: [(p.caption, "data:image/jpeg;base64," + base64.b64encode(p.jpeg).decode()) for p in shown]
+        for title, shown in (("Worst", summary.worst), ("Best", summary.best))
+    }
+    rows = [(TITLES[name], _number(score), summary.per_image.get(name, {})) for name, score in summary.scores.items()]
+    return Template(template, autoescape=True).render(
+        rows=rows,
+        number=_number,
+        count=len(summary.images) - summary.num_bad,
+        warnings=summary.warnings,
+        sections=sections,
+        settings=flattened(results.settings),
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.3f}"
+
+
+def _plain(value: Any) -> Any:
+    """With null for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return "".join(f"- {key}: {value}\n" for key, value in flattened(settings).items())
