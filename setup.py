@@ -43,7 +43,6 @@ EXTRAS = {
         "diffusers>=0.42.1",  # its Lumina2 transformer is the peer that the benchmarks compare with
         "matplotlib>=3.10.0",  # figures
     ],
-    "eval": ["scipy>=1.17.1"],  # the matrix square root in FID
     "demo": [
         "gradio>=6.31.0",  # the web page of svg_jax.demo_app
         "scikit-image>=0.26.0",  # real photographs that ship inside the package
@@ -74,7 +73,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["svg_jax*", "data_pipelines*", "configs*"]),
-    package_data={"svg_jax": ["demo.html.j2", "samples.html.j2"]},
+    package_data={"svg_jax": ["demo.html.j2", "samples.html.j2"], "svg_jax.evaluate": ["*.html.j2"]},
     install_requires=DEPENDENCIES,
     extras_require=EXTRAS,
 )

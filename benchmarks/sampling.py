@@ -14,7 +14,7 @@ def main() -> None:
     """Prints the table."""
     args = parser(__doc__, rounds=3, runs=1, warmup=1).parse_args()
     shape = Shape(batch=args.batch)
-    facts = compare("sampling", shape, args, check=["--latents"])
+    facts = compare("sampling", shape, args, check=["benchmarks.same_network", "--latents"])
     print(table(facts, shape, run="batch", unit="images", units=shape.batch))
 
 

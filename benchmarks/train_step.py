@@ -13,7 +13,15 @@ def main() -> None:
     """Prints the table."""
     args = parser(__doc__, rounds=5, runs=4, warmup=2).parse_args()
     shape = Shape(batch=args.batch)
-    print(table(compare("train_step", shape, args, check=[]), shape, run="step", unit="steps", units=1))
+    print(
+        table(
+            compare("train_step", shape, args, check=["benchmarks.same_network"]),
+            shape,
+            run="step",
+            unit="steps",
+            units=1,
+        )
+    )
 
 
 if __name__ == "__main__":

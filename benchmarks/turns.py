@@ -1,8 +1,8 @@
 """The same work in two frameworks, each in a process of its own, which take turns.
 
 So peak memory is a framework's own, no threads compete, and whatever else the machine does falls on both. The work is a
-function of `benchmarks.ours` and of `benchmarks.peer` that takes a shape and returns what to time, and the number of
-parameters.
+function of a module a side, by default `benchmarks.ours` and `benchmarks.peer`, that takes the module's `Shape` and
+returns what to time, and the number of parameters.
 """
 
 from __future__ import annotations
@@ -20,19 +20,28 @@ import sys
 import time
 from typing import Any
 
-from benchmarks.shape import Shape
-
 QUIET = 0.5  # load average of the last minute, at most
-SIDES = {"ours": "svg_jax (JAX)", "peer": "diffusers (PyTorch)"}
+SIDES = {"ours": "svg_jax (JAX)", "peer": "PyTorch"}
+MODULES = {"ours": "benchmarks.ours", "peer": "benchmarks.peer"}
 Facts = dict[str, dict[str, Any]]  # of each side
 
 
-def compare(work: str, shape: Shape, args: argparse.Namespace, *, check: list[str]) -> Facts:
-    """Checks that both are one network, then measures in turns; `args` come from `parser`."""
+def compare(
+    work: str, shape: Any, args: argparse.Namespace, *, check: list[str], modules: dict[str, str] = MODULES
+) -> Facts:
+    """Runs the module `check`, which fails unless both are one network, then measures in turns.
+
+    Args:
+        work: Name of the function that makes the work.
+        shape: A dataclass, the `Shape` of both modules.
+        args: From `parser`.
+        check: A module and its arguments.
+        modules: Of each side.
+    """
     # Sampled before we start: PyTorch's threads spin when they must share a core, which flatters us on a busy machine.
     load = os.getloadavg()[0]
-    subprocess.run([sys.executable, "-m", "benchmarks.same_network", *check], check=True)
-    sides = {name: Side(name, work, shape) for name in SIDES}
+    subprocess.run([sys.executable, "-m", *check], check=True)
+    sides = {name: Side(modules[name], work, shape) for name in SIDES}
     for side in sides.values():
         side.run(args.warmup)
     for _ in range(args.rounds):
@@ -44,17 +53,17 @@ def compare(work: str, shape: Shape, args: argparse.Namespace, *, check: list[st
     return facts
 
 
-def parser(description: str | None, *, rounds: int, runs: int, warmup: int) -> argparse.ArgumentParser:
+def parser(description: str | None, *, rounds: int, runs: int, warmup: int, batch: int = 4) -> argparse.ArgumentParser:
     """How long to measure."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rounds", type=int, default=rounds, help="turns of each framework")
     parser.add_argument("--runs", type=int, default=runs, help="timed runs a turn")
     parser.add_argument("--warmup", type=int, default=warmup, help="untimed runs at the start")
-    parser.add_argument("--batch", type=int, default=Shape.batch)
+    parser.add_argument("--batch", type=int, default=batch)
     return parser
 
 
-def table(facts: Facts, shape: Shape, *, run: str, unit: str, units: int) -> str:
+def table(facts: Facts, shape: Any, *, run: str, unit: str, units: int, goal: float = 1.5) -> str:
     """In Markdown; a `run` makes so many `units`."""
     lines = [
         f"| | versions | parameters | median {run} | fastest | {unit}/s | peak memory |",
@@ -71,7 +80,7 @@ def table(facts: Facts, shape: Shape, *, run: str, unit: str, units: int) -> str
     peaks = [facts[side]["peak"] for side in SIDES]
     lines += [
         "",
-        f"{medians[1] / medians[0]:.2f} times the peer's {unit}/s (goal: 1.5), {peaks[0] / peaks[1]:.2f} times its "
+        f"{medians[1] / medians[0]:.2f} times the peer's {unit}/s (goal: {goal}), {peaks[0] / peaks[1]:.2f} times its "
         f"peak memory. Medians of {len(facts['ours']['seconds'])}.",
         f"Python {platform.python_version()}, {os.cpu_count()} CPU cores, float32, {dataclasses.asdict(shape)}.",
     ]
@@ -81,8 +90,8 @@ def table(facts: Facts, shape: Shape, *, run: str, unit: str, units: int) -> str
 class Side:
     """A framework in a process of its own, which works when asked."""
 
-    def __init__(self, name: str, work: str, shape: Shape) -> None:
-        command = [sys.executable, "-m", "benchmarks.turns", name, work, json.dumps(dataclasses.asdict(shape))]
+    def __init__(self, module: str, work: str, shape: Any) -> None:
+        command = [sys.executable, "-m", "benchmarks.turns", module, work, json.dumps(dataclasses.asdict(shape))]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.seconds: list[float] = []
 
@@ -107,10 +116,10 @@ class Side:
         return json.loads(answer)
 
 
-def serve(side: str, work: str, shape: Shape) -> None:
+def serve(name: str, work: str, shape: dict[str, Any]) -> None:
     """The child: each line of standard input asks for so many runs, the answer is one line of JSON."""
-    module = importlib.import_module(f"benchmarks.{side}")
-    run, parameters = getattr(module, work)(shape)
+    module = importlib.import_module(name)
+    run, parameters = getattr(module, work)(module.Shape(**shape))
     for line in sys.stdin:
         seconds = []
         for _ in range(int(line)):
@@ -123,4 +132,4 @@ def serve(side: str, work: str, shape: Shape) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], sys.argv[2], Shape(**json.loads(sys.argv[3])))
+    serve(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))

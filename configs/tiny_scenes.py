@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     config.text.system_prompt = "empty"
 
     config.model.update(
-        in_channels=12,
+        in_channels=16,
         text_dim=64,
         dim=128,
         num_layers=4,

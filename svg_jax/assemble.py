@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,14 +17,17 @@ from ml_collections import ConfigDict
 
 from data_pipelines.images import crop_sizes
 from data_pipelines.text import Tokenizer, full_prompt
-from svg_jax.checkpoint import load_config, load_params
+from svg_jax.adversarial import AutoencoderLoss, LossConfig, check_perceptual_weights
+from svg_jax.autoencoder_steps import LOSS, AutoencoderNetworks
+from svg_jax.checkpoint import load_config, load_params, open_params
 from svg_jax.config import check_numbers, flatten, from_config
 from svg_jax.flow.names import lookup
 from svg_jax.flow.solvers import SOLVERS
-from svg_jax.models.autoencoder import Autoencoder, AutoencoderConfig
-from svg_jax.models.decoder import DecoderConfig
+from svg_jax.models.autoencoder import DECODERS, Autoencoder, AutoencoderConfig
+from svg_jax.models.encoders import encoder_config
 from svg_jax.models.gemma2 import Gemma2, Gemma2Config
 from svg_jax.models.next_dit import NextDiT, NextDiTConfig
+from svg_jax.models.residual import ResidualConfig
 from svg_jax.models.stand_in import with_cosine_patches
 from svg_jax.models.vit import ViTConfig
 from svg_jax.nn.attention import BACKENDS
@@ -35,6 +39,9 @@ from svg_jax.steps import Frozen, Networks
 
 logger = logging.getLogger("svg_jax")
 
+Shapes = Mapping[str, jax.ShapeDtypeStruct]
+
+LPIPS, DISCRIMINATOR = LOSS + "perceptual_loss.", LOSS + "discriminator."
 DTYPES = {"float32": None, "bfloat16": None, "float16": None}
 
 
@@ -47,10 +54,17 @@ def networks(config: ConfigDict) -> Networks:
     model = dit_config(config.model)
     autoencoder = autoencoder_config(config.autoencoder)
     text = from_config(Gemma2Config, config.text.encoder)
-    if model.in_channels != autoencoder.encoder.dim:
+    if model.in_channels != autoencoder.latent_channels:
         raise ValueError(
-            f"model.in_channels is {model.in_channels} and the autoencoder's latents have {autoencoder.encoder.dim} "
-            "channels: set --config.model.in_channels to that"
+            f"model.in_channels is {model.in_channels} and the autoencoder's latents have "
+            f"{autoencoder.latent_channels} channels: set --config.model.in_channels to that, and measure the "
+            "statistics of latents that have none with `python -m svg_jax.latent_stats`"
+        )
+    if autoencoder.encoder.patch_size != autoencoder.patch_size:
+        raise ValueError(
+            f"the encoder's patches have {autoencoder.encoder.patch_size} pixels a side and those of a batch "
+            f"{autoencoder.patch_size}: such an autoencoder reads whole images only, and no diffusion transformer can "
+            "be trained on it here"
         )
     if model.text_dim != text.dim:
         raise ValueError(f"model.text_dim is {model.text_dim} and the text encoder's width {text.dim}: make them equal")
@@ -83,8 +97,9 @@ def check(config: ConfigDict, needs: str) -> None:
         ),
         not_negative=(
             "optim.warmup_steps", "optim.weight_decay", "checkpoint.every", "checkpoint.keep_every", "sample.every",
-            "data.num_threads", "data.prefetch", "data.caption_dropout", "data.max_bad_fraction",
-            "autoencoder.decoder.num_res_blocks", "guard.spike_sigma", "profile.start",
+            "data.num_threads", "data.prefetch", "data.caption_dropout", "data.max_bad_fraction", "loss.disc_start",
+            "loss.disc_weight", "loss.disc_factor", "loss.perceptual_weight", "autoencoder.decoder.num_res_blocks",
+            "guard.spike_sigma", "profile.start",
         ),
     )  # fmt: skip
     for key in ("b1", "b2", "ema"):
@@ -93,7 +108,12 @@ def check(config: ConfigDict, needs: str) -> None:
     if config.data.path is None:
         raise ValueError('no data: name a .jsonl of {"path": ..., "prompt": ...} with --config.data.path')
     lookup("dtype", config.optim.mu_dtype or "float32", DTYPES)
+    autoencoder_config(config.autoencoder)
+    if "loss" in config:
+        lookup("dtype", loss_config(config.loss).dtype, DTYPES)
     sections = [config.autoencoder.encoder, config.autoencoder.decoder]
+    if config.autoencoder.get("residual"):
+        sections.append(config.autoencoder.residual)
     if "model" in config:
         sections += [config.model, config.text.encoder]
         lookup("remat policy", config.model.remat, REMAT)
@@ -159,8 +179,9 @@ def sampling_config(
             config.text.tokenizer = tokenizer
         if dtype:
             lookup("dtype", dtype, DTYPES)
-            for section in (config.model, config.autoencoder.encoder, config.autoencoder.decoder, config.text.encoder):
-                section.dtype = dtype
+            for section in (config.model, *config.autoencoder.values(), config.text.encoder):
+                if isinstance(section, ConfigDict):
+                    section.dtype = dtype
     return workdir, config
 
 
@@ -215,7 +236,7 @@ def make_paths_absolute(config: ConfigDict) -> None:
 
 def crop_sides(config: ConfigDict) -> list[int]:
     """Every side of the crops of a run, in pixels."""
-    sizes = crop_sizes(config.data.resolution, config.autoencoder.encoder.patch_size, config.data.max_ratio)
+    sizes = crop_sizes(config.data.resolution, patch_size(config), config.data.max_ratio)
     return [side for size in sizes for side in size]
 
 
@@ -225,7 +246,7 @@ def check_positions(config: ConfigDict, side: int) -> None:
     Raises:
         ValueError: They are not.
     """
-    tokens, positions = side // config.autoencoder.encoder.patch_size, min(config.model.axes_lens[1:])
+    tokens, positions = side // patch_size(config), min(config.model.axes_lens[1:])
     if tokens > positions:
         raise ValueError(
             f"a side of {side} pixels is {tokens} tokens and config.model.axes_lens allows {positions}: "
@@ -240,6 +261,7 @@ FIXED = (
     "micro_batches",
     "data.resolution",
     "data.max_ratio",
+    "data.random_crop",
     "data.caption_dropout",
     "text.max_tokens",
 )
@@ -271,7 +293,33 @@ def dit_config(section: ConfigDict) -> NextDiTConfig:
 
 def autoencoder_config(section: ConfigDict) -> AutoencoderConfig:
     """From `config.autoencoder`."""
-    return AutoencoderConfig(from_config(ViTConfig, section.encoder), from_config(DecoderConfig, section.decoder))
+    family = section.decoder.get("family", "conv")
+    decoder, _ = lookup("decoder family", family, DECODERS)
+    residual = section.get("residual")
+    return AutoencoderConfig(
+        encoder_config(section.encoder),
+        from_config(decoder, section.decoder),
+        from_config(ResidualConfig, residual) if residual else None,
+        section.get("resize", False),
+    )
+
+
+def loss_config(section: ConfigDict) -> LossConfig:
+    """From `config.loss`."""
+    return from_config(LossConfig, {key: value for key, value in section.items() if key != "lpips"})
+
+
+def autoencoder_networks(config: ConfigDict) -> AutoencoderNetworks:
+    """The networks of an autoencoder's training config; nothing is allocated."""
+    sizes, loss = autoencoder_config(config.autoencoder), loss_config(config.loss)
+    return AutoencoderNetworks(
+        Network(lambda rngs: Autoencoder(sizes, rngs=rngs)), Network(lambda rngs: AutoencoderLoss(loss, rngs=rngs))
+    )
+
+
+def patch_size(config: ConfigDict) -> int:
+    """Pixels a side for one latent."""
+    return autoencoder_config(config.autoencoder).patch_size
 
 
 def optimiser(config: ConfigDict) -> optax.GradientTransformation:
@@ -288,7 +336,7 @@ def placed(state: TrainState, params: dict[str, NamedSharding], mesh: Mesh, *, e
     return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), state, at)
 
 
-def shardings(network: Network[Any], mesh: Mesh) -> dict[str, NamedSharding]:
+def shardings(network: Network[Any] | AutoencoderNetworks, mesh: Mesh) -> dict[str, NamedSharding]:
     """Where each parameter of a network lives."""
     return param_shardings(network.shapes, network.axes, mesh)
 
@@ -307,20 +355,86 @@ def frozen(config: ConfigDict, networks: Networks, mesh: Mesh) -> Frozen:
     )
 
 
-def load_autoencoder(section: ConfigDict, network: Network[Autoencoder], mesh: Mesh) -> Params:
+def load_autoencoder(section: ConfigDict, network: Network[Autoencoder], mesh: Mesh, *, trains: bool = False) -> Params:
     """Of the checkpoint that `config.autoencoder` names, or the stand-in.
 
-    A checkpoint of DINOv3 alone, as `svg_jax.convert import` makes one, gives the encoder; the decoder is new then.
+    A checkpoint of a vision model alone, as `svg_jax.convert import` makes one, gives the encoder; the rest is new then.
+
+    Args:
+        section: `config.autoencoder`.
+        network: What it describes.
+        mesh: Where it goes.
+        trains: Whether more than the encoder is kept in float32, to be trained.
     """
     if section.checkpoint and load_config(section.checkpoint).get("kind") == "encoder":
         return _with_encoder(section.checkpoint, network, mesh)
-    dtypes = {"encoder.": section.encoder.dtype}  # the decoder may be about to be trained
+    dtypes = compute_types(section, ("encoder",) if trains else ("encoder", "residual"))
     key = "config.autoencoder.checkpoint"
     params = _loaded(network, section.checkpoint, dtypes, mesh, "autoencoder", key)
-    if section.checkpoint:
+    if section.checkpoint or section.encoder.get("family", "dinov3") != "dinov3":
         return params
     params = with_cosine_patches(params, from_config(ViTConfig, section.encoder), "encoder.")
     return jax.device_put(params, shardings(network, mesh))
+
+
+def compute_types(section: ConfigDict, parts: Sequence[str]) -> dict[str, str]:
+    """Compute type by the beginning of a parameter's name, for parts of `config.autoencoder`."""
+    prefixes = {"encoder": "encoder.", "residual": "extra_vit.", "decoder": "decoder."}
+    return {prefixes[part]: section[part].dtype for part in parts if section.get(part)}
+
+
+def begin_autoencoder(config: ConfigDict, networks: AutoencoderNetworks, mesh: Mesh) -> Params:
+    """What a run of `svg_jax.train_autoencoder` begins with.
+
+    The autoencoder is that of `config.init_from`, else of `config.autoencoder.checkpoint`, else the stand-in. The networks of
+    its loss are those beside it, where there are such; else the discriminator is new, which is said, and LPIPS comes
+    from `config.loss.lpips`.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: It is of another architecture, or there are no weights for LPIPS.
+    """
+    network, source = networks.autoencoder, config.init_from or config.autoencoder.checkpoint
+    if config.init_from:
+        params = load_params(config.init_from, network.shapes, shardings(network, mesh), select=_is_model)
+    else:
+        params = load_autoencoder(config.autoencoder, network, mesh, trains=True)
+    shapes = {LOSS + name: shape for name, shape in networks.loss.shapes.items()}
+    places = {LOSS + name: place for name, place in shardings(networks.loss, mesh).items()}
+    saved = {name for part in open_params(source).values() for name in part} if source else set()
+    known = {name for name in shapes if name in saved}
+    lpips = [name for name in shapes if name.startswith(LPIPS)]
+    loss = {LOSS + n: value for n, value in fresh(networks.loss, mesh, jax.random.key(config.seed)).items()}
+    if not known.issuperset(lpips):
+        loss |= _load_lpips(config, {name: shapes[name] for name in lpips}, places)
+    discriminator = {name for name in shapes if name.startswith(DISCRIMINATOR)}
+    if source and discriminator - known:
+        logger.warning("%s has no discriminator: training begins with a new one", source)
+        known -= discriminator
+    if source and known:
+        wanted = {name: shapes[name] for name in known}
+        loss |= load_params(source, wanted, {name: places[name] for name in known}, select=known.__contains__)
+    return params | loss
+
+
+def _load_lpips(config: ConfigDict, shapes: Shapes, places: Mapping[str, NamedSharding]) -> Params:
+    """LPIPS of the workdir that `config.loss.lpips` names."""
+    workdir, sizes = config.loss.lpips, loss_config(config.loss)
+    if workdir is None:
+        check_perceptual_weights(sizes, (), "config.loss.lpips, which is not set,")
+    about = load_config(workdir)
+    if about.get("kind") != "lpips" or "lacks" in about:
+        check_perceptual_weights(sizes, (), f"config.loss.lpips={workdir}")
+    short = {name.removeprefix(LPIPS): name for name in shapes}
+    params = load_params(
+        workdir, {n: shapes[name] for n, name in short.items()}, {n: places[name] for n, name in short.items()}
+    )
+    return {short[name]: value for name, value in params.items()}
+
+
+def _is_model(name: str) -> bool:
+    """Whether a parameter of a run is the autoencoder's, and not of its loss."""
+    return not name.startswith(LOSS)
 
 
 def _with_encoder(checkpoint: str, network: Network[Autoencoder], mesh: Mesh) -> Params:
@@ -338,6 +452,6 @@ def _loaded(
     network: Network[Any], checkpoint: str | None, dtypes: dict[str, str], mesh: Mesh, what: str, key: str
 ) -> Params:
     if checkpoint:
-        return load_params(checkpoint, in_compute_type(network, dtypes), shardings(network, mesh))
+        return load_params(checkpoint, in_compute_type(network, dtypes), shardings(network, mesh), select=_is_model)
     logger.warning("no weights given for the %s: using a random stand-in, for trying things out (--%s)", what, key)
     return fresh(network, mesh, jax.random.key(0))

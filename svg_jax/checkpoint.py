@@ -209,6 +209,7 @@ def load_params(
     shardings: Mapping[str, NamedSharding],
     *,
     parts: tuple[str, ...] = ("ema", "frozen"),
+    select: Callable[[str], bool] | None = None,
 ) -> Params:
     """Parameters from the newest checkpoint of a run that can be read, straight onto their shardings.
 
@@ -217,15 +218,17 @@ def load_params(
         shapes: What the network has (`Network.shapes`).
         shardings: Where each parameter goes.
         parts: Fields of the train state that together make up the network; `("params", "frozen")` for the raw ones.
+        select: Which of the saved names count, where the run holds another network too; all by default.
 
     Raises:
         FileNotFoundError: There is no checkpoint.
         WrongArchitecture: Names or shapes differ; the message says which.
     """
+    counts = select or (lambda _: True)
 
     def read(folder: epath.Path) -> Params:
         handler = ocp.PyTreeCheckpointHandler()
-        saved = {part: _saved_shapes(folder, part) for part in parts}
+        saved = {part: {n: s for n, s in _saved_shapes(folder, part).items() if counts(n)} for part in parts}
         _check(shapes, {name: shape for part in saved.values() for name, shape in part.items()}, folder)
         target = {
             part: {n: jax.ShapeDtypeStruct(shapes[n].shape, shapes[n].dtype, sharding=shardings[n]) for n in names}

@@ -33,14 +33,12 @@ from data_pipelines.photographs import write_photographs
 from data_pipelines.sources import open_source
 from data_pipelines.text import ByteTokenizer, train_word_tokenizer
 from svg_jax import assemble
-from svg_jax.checkpoint import load_config, load_params
+from svg_jax.autoencoder_steps import reconstruct
+from svg_jax.checkpoint import load_config
 from svg_jax.config import one_sentence
-from svg_jax.loop import device_batch
-from svg_jax.models.autoencoder import Autoencoder
-from svg_jax.nn.functional import Network
+from svg_jax.evaluate.networks import find_autoencoder, load_autoencoder
 from svg_jax.parallel import make_mesh
 from svg_jax.pipeline import SVGPipeline
-from svg_jax.steps import reconstruct
 
 ENVIRONMENT = {
     # glibc gives XLA's buffers back to the system after every step and faults them in again; keeping them halves the
@@ -101,8 +99,8 @@ class Demo:
             train_word_tokenizer(captions, self.out / "tokenizer", vocab_size=512)
 
     def train_autoencoder(self, steps: int) -> None:
-        """The decoder."""
-        with self.timed("train decoder"):
+        """Decoder and residual branch."""
+        with self.timed("train autoencoder"):
             self.run(self.command("train_autoencoder", "tiny_autoencoder", "autoencoder", "scenes/train", steps))
 
     def train(self, steps: int) -> None:
@@ -135,7 +133,7 @@ class Demo:
             ByteTokenizer(),
             batch_size=config.batch_size,
             resolution=config.data.resolution,
-            patch_size=config.autoencoder.encoder.patch_size,
+            patch_size=assemble.patch_size(config),
             max_text_tokens=1,
             seed=config.seed,
             max_ratio=config.data.max_ratio,
@@ -172,21 +170,10 @@ class Demo:
 
     def reconstruct(self, pictures: list[np.ndarray]) -> list[np.ndarray]:
         """Pictures of one square size through encoder and decoder."""
-        workdir, mesh = str(self.out / "autoencoder"), make_mesh({"fsdp": -1})
-        sizes = assemble.autoencoder_config(ConfigDict(load_config(workdir)).autoencoder)
-        network = Network(lambda rngs: Autoencoder(sizes, rngs=rngs))
-        params = load_params(workdir, network.shapes, assemble.shardings(network, mesh))
-        patch = sizes.encoder.patch_size
-        side = pictures[0].shape[0] // patch
-        cut = np.stack(pictures).reshape(len(pictures), side, patch, side, patch, 3).swapaxes(2, 3)
-        host = {
-            "patches": cut.reshape(len(pictures), side * side, -1),
-            "grid": np.full((len(pictures), 2), side, np.int32),
-            "tokens": np.zeros((len(pictures), 1), np.int32),
-            "num_tokens": np.ones(len(pictures), np.int32),
-        }
-        draw = jax.jit(lambda params, batch: reconstruct(network, params, batch, (side, side)))
-        return list(np.asarray(draw(params, device_batch(host, mesh))))
+        mesh = make_mesh({"fsdp": -1})
+        loaded = load_autoencoder(*find_autoencoder(str(self.out / "autoencoder")), mesh)
+        draw = jax.jit(lambda params, images: reconstruct(loaded.network, params, images))
+        return list(np.asarray(draw(loaded.params, np.stack(pictures))))
 
     def write_report(self, model: str) -> None:
         """`report.json`, `index.html` and the table on the terminal."""
@@ -194,7 +181,7 @@ class Demo:
 
         lines = metrics(self.out / model)
         self.report["diffusion transformer"] = loss_fall(lines)
-        self.report["decoder"] = loss_fall(metrics(self.out / "autoencoder"))
+        self.report["autoencoder"] = loss_fall(metrics(self.out / "autoencoder"))
         self.report["peak memory of a process, GiB"] = round(peak_memory() / 2**30, 2)
         self.report["versions"] = {"jax": jax.__version__, "python": sys.version.split()[0]}
         (self.out / "report.json").write_text(json.dumps(self.report, indent=2) + "\n")

@@ -24,7 +24,8 @@ from svg_jax.state import TrainState, on_device
 
 logger = logging.getLogger("svg_jax")
 
-ARRAYS = ("patches", "grid", "tokens", "num_tokens")  # of a host's batch, what goes to the devices
+# Of a host's batch, what goes to the devices: padded patches and captions, or images of one size.
+ARRAYS = ("patches", "grid", "tokens", "num_tokens", "images", "valid")
 
 
 class Preempted(SystemExit):
@@ -44,6 +45,7 @@ def fit(
     writer: MetricWriter,
     checkpoints: Checkpoints,
     draw: Callable[[TrainState], list[np.ndarray]] | None = None,
+    finish: Callable[[TrainState], TrainState] = lambda state: state,
     preempted: Callable[[int], bool] | None = None,
     records: Callable[[int], Sequence[int]] = lambda step: (),
 ) -> TrainState:
@@ -64,6 +66,7 @@ def fit(
         checkpoints: Gets states.
         draw: Pictures of the present state, its average on the devices, every `config.sample.every` steps and at the
             end.
+        finish: What becomes of the state after the last step, before it is saved.
         preempted: Whether the machines are about to be taken away, after so many updates; the same answer everywhere.
         records: Which records the global batch of a step holds.
 
@@ -99,8 +102,8 @@ def fit(
         for done in range(start + 1, stop + 1):  # counts finished steps
             with clock.phase("data_wait"):
                 host = next(batches)
-            captions += len(host["grid"])
-            truncated += host["num_truncated"]
+            captions += len(host.get("tokens", ()))
+            truncated += host.get("num_truncated", 0)
             with trace.before(done - 1), jax.transfer_guard("disallow"):
                 state, metrics = step(state, device_batch(host, mesh))
             guards.add(done - 1, metrics)
@@ -112,7 +115,9 @@ def fit(
             if done % config.log_every == 0 or done == stop:
                 guards.judge(all_steps=done == stop)
                 # As of the line before, but for the last one; of the captions, those that this process read.
-                data = {"data/bad_fraction": guards.bad.fraction, "data/truncated_fraction": truncated / captions}
+                data = {"data/bad_fraction": guards.bad.fraction}
+                if captions:
+                    data["data/truncated_fraction"] = truncated / captions
                 writer.scalars(done - 1, {**metrics, **data, **clock.line(done - logged)})
                 logged = done
             if draw is not None and _due(done, stop, config.sample.every):
@@ -120,6 +125,7 @@ def fit(
                     writer.pictures(done - 1, "samples", draw(dataclasses.replace(state, ema=on_device(state.ema))))
             if done == stop:
                 guards.bad.judge()
+                state = finish(state)
             told = preempted is not None and preempted(done)  # asked at every step: it is true at one of them only
             if told or done == stop or _due(done, stop, config.checkpoint.every):
                 with held_up("checkpoint"):
@@ -146,7 +152,7 @@ def _newest(checkpoints: Checkpoints) -> int | None:
 
 def device_batch(host: Mapping[str, Any], mesh: Mesh) -> Any:
     """The arrays of a host's batch as global arrays on the mesh."""
-    return to_devices({key: host[key] for key in ARRAYS}, mesh)
+    return to_devices({key: host[key] for key in ARRAYS if key in host}, mesh)
 
 
 def _due(done: int, stop: int, every: int) -> bool:

@@ -62,6 +62,15 @@ def image_grid(images: Pictures, columns: int, padding: int = 2) -> UInt8[np.nda
     return grid
 
 
+def compared(before: Pictures, after: Pictures, gain: int = 4) -> list[UInt8[np.ndarray, "height 3*width 3"]]:
+    """Rows of a picture, its reconstruction, and how they differ, `gain` times so that an eye sees it."""
+    rows = []
+    for one, other in zip(before, after, strict=True):
+        difference = gain * np.abs(one.astype(np.int16) - other.astype(np.int16))
+        rows.append(np.concatenate([one, other, np.minimum(difference, 255).astype(np.uint8)], axis=1))
+    return rows
+
+
 class MetricWriter:
     """Writes the scalars, pictures and progress of one run; a context manager.
 

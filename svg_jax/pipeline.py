@@ -330,7 +330,7 @@ class SVGPipeline:
 
     def encode(self, image: Image.Image) -> Latents:
         """Normalised latents of a picture, cropped to the nearest size of whole patches."""
-        patch = self.config.autoencoder.encoder.patch_size
+        patch = assemble.patch_size(self.config)
         rows, cols = max(image.height // patch, 1), max(image.width // patch, 1)
         patches, grid = patchify(crop(to_rgb(image), (cols * patch, rows * patch)), patch, rows * cols)
         encode = self._jit(encode_images, self.networks.autoencoder)
@@ -352,7 +352,7 @@ class SVGPipeline:
         return self.config.text.max_tokens + -(-len(request[0]) // 64) * 64
 
     def _grid(self, settings: Settings) -> tuple[int, int]:
-        patch = self.config.autoencoder.encoder.patch_size
+        patch = assemble.patch_size(self.config)
         for name in ("height", "width"):
             pixels = getattr(settings, name)
             if pixels < patch or pixels % patch:
@@ -374,7 +374,7 @@ class SVGPipeline:
         return self._jit(encode_prompts, self.networks.text)(self.frozen["text"], tokens, num_tokens), num_tokens
 
     def _decode(self, z: Array, grid: tuple[int, int], tile: int | None) -> UInt8[Array, "batch h w 3"]:
-        patch = self.config.autoencoder.encoder.patch_size
+        patch = assemble.patch_size(self.config)
         decode = self._jit(
             decode_latents, self.networks.autoencoder, grid=grid, tile=None if tile is None else tile // patch
         )

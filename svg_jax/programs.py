@@ -18,13 +18,15 @@ from ml_collections import ConfigDict
 
 from data_pipelines.images import token_budget
 from svg_jax import assemble
+from svg_jax.adversarial import LossConfig
+from svg_jax.autoencoder_steps import AutoencoderNetworks, autoencoder_step, is_trained_in_run
 from svg_jax.chips import compiler_options
 from svg_jax.config import from_config
 from svg_jax.flow.paths import path
 from svg_jax.flow.solvers import Solver
 from svg_jax.flow.times import resolution_shift
 from svg_jax.models import flops
-from svg_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from svg_jax.models.autoencoder import AutoencoderConfig
 from svg_jax.models.gemma2 import Gemma2Config
 from svg_jax.models.next_dit import NextDiTConfig
 from svg_jax.nn.functional import Network, Params
@@ -35,15 +37,13 @@ from svg_jax.steps import (
     Frozen,
     Networks,
     Sampling,
-    autoencoder_step,
     decode_latents,
     draw_latents,
     encode_prompts,
     text_to_image_step,
 )
 
-Trained = TypeVar("Trained", Networks, Network[Autoencoder])
-TRAINED = "decoder."  # what the names of an autoencoder's trained parameters begin with
+Trained = TypeVar("Trained", Networks, AutoencoderNetworks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,8 @@ def train_program(config: ConfigDict, mesh: Mesh) -> Training[Networks]:
     """
     check_batch(config.batch_size, config.micro_batches, mesh)
     networks = assemble.networks(config)
-    image_tokens = token_budget(config.data.resolution, config.autoencoder.encoder.patch_size)
+    patch_size = assemble.patch_size(config)
+    image_tokens = token_budget(config.data.resolution, patch_size)
     text_tokens = config.text.max_tokens
     optimiser = assemble.optimiser(config)
     shift = resolution_shift(image_tokens) if config.flow.shift else 1.0
@@ -105,9 +106,9 @@ def train_program(config: ConfigDict, mesh: Mesh) -> Training[Networks]:
     state = assemble.placed(
         jax.eval_shape(create, networks.dit.shapes), params_at, mesh, ema_on_host=config.optim.ema_on_host
     )
-    batch = abstract_batch(config.batch_size, image_tokens, text_tokens, 3 * config.autoencoder.encoder.patch_size**2)
-    model, encoder, text = sizes_of(config)
-    sample_flops = flops.text_to_image_step(model, encoder.encoder, text, image_tokens, text_tokens)
+    batch = abstract_batch(config.batch_size, image_tokens, text_tokens, 3 * patch_size**2)
+    model, autoencoder, text = sizes_of(config)
+    sample_flops = flops.text_to_image_step(model, autoencoder, text, image_tokens, text_tokens)
     return Training(
         step,
         (state, abstract_frozen(config, networks, mesh), _placed(batch, batch_sharding(mesh))),
@@ -121,32 +122,38 @@ def train_program(config: ConfigDict, mesh: Mesh) -> Training[Networks]:
     )
 
 
-def autoencoder_program(config: ConfigDict, mesh: Mesh) -> Training[Network[Autoencoder]]:
-    """One update of the decoder: (state, batch) -> (state, metrics).
+def autoencoder_program(config: ConfigDict, mesh: Mesh) -> Training[AutoencoderNetworks]:
+    """One update of the autoencoder and of its discriminator: (state, batch) -> (state, metrics).
+
+    The batch holds square images of `config.data.resolution`; other sizes are the same function, compiled anew.
 
     Raises:
         ValueError: The config is inconsistent, or its batch does not divide over the mesh.
     """
     check_batch(config.batch_size, 1, mesh)
-    sizes = assemble.autoencoder_config(config.autoencoder)
-    network = Network(lambda rngs: Autoencoder(sizes, rngs=rngs))
-    side = config.data.resolution // sizes.encoder.patch_size
+    networks, side = assemble.autoencoder_networks(config), config.data.resolution
+    sizes, loss = assemble.autoencoder_config(config.autoencoder), assemble.loss_config(config.loss)
+    tokens = token_budget(side, sizes.patch_size)
     optimiser = assemble.optimiser(config)
-    create = functools.partial(_autoencoder_state, optimiser=optimiser, seed=config.seed)
-    params_at = assemble.shardings(network, mesh)
+    create = functools.partial(_autoencoder_state, sizes=sizes, loss=loss, optimiser=optimiser, seed=config.seed)
+    params_at = assemble.shardings(networks, mesh)
     state = assemble.placed(
-        jax.eval_shape(create, network.shapes), params_at, mesh, ema_on_host=config.optim.ema_on_host
+        jax.eval_shape(create, networks.shapes), params_at, mesh, ema_on_host=config.optim.ema_on_host
     )
-    batch = abstract_batch(config.batch_size, side * side, 1, 3 * sizes.encoder.patch_size**2)
+    batch = {
+        "images": jax.ShapeDtypeStruct((config.batch_size, side, side, 3), jnp.uint8),
+        "valid": jax.ShapeDtypeStruct((config.batch_size,), jnp.bool_),
+    }
+    grid = (side // sizes.patch_size,) * 2
     return Training(
-        autoencoder_step(network, optimiser, ema_decay=config.optim.ema, grid=(side, side), dtype=sizes.decoder.dtype),
+        autoencoder_step(networks, loss, optimiser, ema_decay=config.optim.ema, dtype=sizes.decoder.dtype),
         (state, _placed(batch, batch_sharding(mesh))),
         (shardings_of(state), replicated(mesh)),
         images=config.batch_size,
-        tokens=config.batch_size * side * side,
-        flops=flops.autoencoder_step(sizes, (side, side)) * config.batch_size,
+        tokens=config.batch_size * tokens,
+        flops=flops.autoencoder_step(sizes, loss.perceptual, loss.discriminator, grid) * config.batch_size,
         compiler_options=compiler_options(mesh.devices.flat[0].device_kind),
-        networks=network,
+        networks=networks,
         create=create,
     )
 
@@ -162,7 +169,7 @@ def sample_program(config: ConfigDict, mesh: Mesh) -> Program:
     batch, length = config.sample.batch_size, config.text.max_tokens
     check_batch(batch, 1, mesh)
     networks = assemble.networks(config)
-    side = config.data.resolution // config.autoencoder.encoder.patch_size
+    side = config.data.resolution // assemble.patch_size(config)
     grid, solver, sampling = (side, side), Solver(config.sample.solver), Sampling(num_steps=config.sample.num_steps)
 
     def draw(dit: Params, frozen: Frozen, tokens: Any, num_tokens: Any, places: Any, key: Any) -> Any:
@@ -190,7 +197,7 @@ def sample_program(config: ConfigDict, mesh: Mesh) -> Program:
         rows,
         images=batch,
         tokens=batch * (side * side + length),
-        flops=(2 * both_halves + flops.decoder(autoencoder.decoder, grid)) * batch,
+        flops=(2 * both_halves + flops.decode(autoencoder.decoder, grid)) * batch,
         donates=False,
         compiler_options=compiler_options(mesh.devices.flat[0].device_kind),
     )
@@ -236,8 +243,8 @@ def abstract_frozen(config: ConfigDict, networks: Networks, mesh: Mesh, *, decod
         mesh: Where they lie.
         decodes: Whether the decoder is held in its compute type too, as for drawing.
     """
-    encoder, decoder = config.autoencoder.encoder.dtype, config.autoencoder.decoder.dtype
-    autoencoder = {"encoder.": encoder, **({"decoder.": decoder} if decodes else {})}
+    parts = ("encoder", "residual", "decoder") if decodes else ("encoder", "residual")
+    autoencoder = assemble.compute_types(config.autoencoder, parts)
 
     def shapes(network: Network[Any], dtypes: dict[str, str]) -> Params:
         return _placed(assemble.in_compute_type(network, dtypes), assemble.shardings(network, mesh))
@@ -248,10 +255,12 @@ def abstract_frozen(config: ConfigDict, networks: Networks, mesh: Mesh, *, decod
     )
 
 
-def _autoencoder_state(params: Params, *, optimiser: Any, seed: int) -> TrainState:
-    """The decoder is trained; the encoder and the latent statistics are carried along."""
-    trained = {name: value for name, value in params.items() if name.startswith(TRAINED)}
-    frozen = {name: value for name, value in params.items() if not name.startswith(TRAINED)}
+def _autoencoder_state(
+    params: Params, *, sizes: AutoencoderConfig, loss: LossConfig, optimiser: Any, seed: int
+) -> TrainState:
+    """What is trained; the encoder, the latent statistics, LPIPS and running statistics are carried along."""
+    trained = {name: value for name, value in params.items() if is_trained_in_run(name, sizes, loss)}
+    frozen = {name: value for name, value in params.items() if name not in trained}
     return TrainState.create(trained, optimiser, jax.random.key(seed), frozen)
 
 

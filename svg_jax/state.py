@@ -24,7 +24,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 class TrainState:
     """`step` counts finished steps; the randomness of a step is `fold_in(key, step)`.
 
-    `frozen` is what belongs to the model without being trained, such as the encoder of an autoencoder. `skipped` counts
+    `frozen` is what belongs to the model without a gradient, such as the encoder of an autoencoder. `skipped` counts
     the steps that changed nothing because they were not healthy: in all, and in a row up to now.
     """
 
@@ -56,11 +56,13 @@ class TrainState:
         ema_decay: float,
         *,
         healthy: Bool[Array, ""] | bool = True,
+        frozen: Params | None = None,
     ) -> TrainState:
         """One update: p <- p + optimiser(grads); ema <- d ema + (1 - d) p.
 
         Unless it is `healthy`: then parameters, average and moments (the count of Adam's bias correction too) stay as
-        they are, bit for bit, and only `step` goes on, so that the next step has other data and other randomness.
+        they are, bit for bit, and only `step` goes on, so that the next step has other data and other randomness. So do
+        the entries of `frozen` that have new values, such as running statistics.
         """
         healthy = jnp.asarray(healthy)
         with jax.numpy_dtype_promotion("standard"):  # Optax raises floats to the power of integer counts
@@ -73,7 +75,8 @@ class TrainState:
         ema = jax.tree.map(functools.partial(_averaged, decay=ema_decay, healthy=healthy), self.ema, params)
         total, in_a_row = self.skipped[0], self.skipped[1]
         skipped = jnp.where(healthy, jnp.stack([total, jnp.zeros_like(in_a_row)]), self.skipped + 1)
-        return TrainState(self.step + 1, params, ema, opt_state, self.key, self.frozen, skipped)
+        new = {name: jnp.where(healthy, value, self.frozen[name]) for name, value in (frozen or {}).items()}
+        return TrainState(self.step + 1, params, ema, opt_state, self.key, {**self.frozen, **new}, skipped)
 
 
 def _averaged(old: Array, param: Array, *, decay: float, healthy: Bool[Array, ""]) -> Array:

@@ -1,4 +1,4 @@
-"""What is compiled: the training steps and the sampler, as pure functions of arrays.
+"""What is compiled: text-to-image training and sampling, as pure functions of arrays.
 
 Doors, benchmarks and ahead-of-time compilation jit the very functions made here, so that they run the same program.
 """
@@ -12,11 +12,10 @@ from typing import NamedTuple, TypedDict
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from svg_jax.flow.guidance import guided
-from svg_jax.flow.losses import batch_mean, loss_by_time, velocity_loss
+from svg_jax.flow.losses import loss_by_time, velocity_loss
 from svg_jax.flow.paths import Path
 from svg_jax.flow.shapes import Velocity
 from svg_jax.flow.solvers import Solver, integrate
@@ -25,8 +24,7 @@ from svg_jax.models.autoencoder import Autoencoder, to_uint8
 from svg_jax.models.gemma2 import Gemma2, greedy
 from svg_jax.models.next_dit import NextDiT
 from svg_jax.nn.functional import Network, Params
-from svg_jax.nn.patches import token_mask, unpatchify
-from svg_jax.parallel import gathered
+from svg_jax.nn.patches import token_mask
 from svg_jax.state import TrainState
 
 TIME_BINS = 10  # of the loss by timestep
@@ -118,40 +116,8 @@ def text_to_image_step(
         scale = 1.0 / jnp.maximum(metrics["valid"], 1.0)
         grads = jax.tree.map(lambda g: g * scale, grads)
         by_time = metrics["bin_sums"] / metrics["bin_counts"]  # NaN where no time fell
-        state, health = update(state, grads, metrics["loss"] * scale, batch, optimiser, ema_decay)
+        state, health = update(state, grads, metrics["loss"] * scale, batch["grid"][:, 0] > 0, optimiser, ema_decay)
         return state, {**health, "loss_by_time": by_time}
-
-    return step
-
-
-def autoencoder_step(
-    network: Network[Autoencoder],
-    optimiser: optax.GradientTransformation,
-    *,
-    ema_decay: float,
-    grid: tuple[int, int],
-    dtype: DTypeLike = jnp.float32,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """One update of the decoder: mean absolute error between pixels in [-1, 1] and their reconstruction.
-
-    `state.params` are the decoder's, `state.frozen` the encoder's and the latent statistics. Every image has `grid`
-    (rows, cols); slots without an image enter no loss. The decoder's kernels are gathered in `dtype`, all at once: they
-    are small beside its activations.
-    """
-    axes = network.axes
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        pixels = target_pixels(batch["patches"], grid)
-        features = features_2d(network, {**state.frozen, **state.params}, batch, grid)
-        valid = batch["grid"][:, 0] > 0
-
-        def loss(params: Params) -> Array:
-            kernels = {name: gathered(w, axes[name], dtype) for name, w in params.items() if w.ndim > 1}
-            error = jnp.abs(network({**state.frozen, **params, **kernels}).decoder(features) - pixels)
-            return batch_mean(jnp.mean(error, axis=(1, 2, 3)), valid)
-
-        value, grads = jax.value_and_grad(loss)(state.params)
-        return update(state, grads, value, batch, optimiser, ema_decay)
 
     return step
 
@@ -160,79 +126,28 @@ def update(
     state: TrainState,
     grads: Params,
     loss: Float[Array, ""],
-    batch: Batch,
+    valid: Bool[Array, " batch"],
     optimiser: optax.GradientTransformation,
     ema_decay: float,
+    frozen: Params | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Applies the gradient, unless it or the loss is not finite: then the step is skipped.
 
-    The metrics are what `svg_jax.guards` judges, over the global batch and so the same on every process. A finite norm
+    `valid` says which slots of the batch hold an image. `frozen` are new values of what is kept without a gradient, such
+    as running statistics. The metrics are what `svg_jax.guards` judges, over the global batch and so the same on every process. A finite norm
     says that every entry of the gradient is finite, and its square too; so no parameter, moment or average ever takes a
     value that is not.
     """
     norm = optax.tree.norm(grads)  # clipping asks for the same, and XLA computes it once
-    state = state.apply(grads, optimiser, ema_decay, healthy=jnp.isfinite(loss) & jnp.isfinite(norm))
+    healthy = jnp.isfinite(loss) & jnp.isfinite(norm)
+    state = state.apply(grads, optimiser, ema_decay, healthy=healthy, frozen=frozen)
     return state, {
         "loss": loss,
         "grad_norm": norm,
         "skipped_steps": state.skipped[0],
         "skipped_in_a_row": state.skipped[1],
-        "bad_records": jnp.sum(batch["grid"][:, 0] == 0, dtype=jnp.int32),
+        "bad_records": jnp.sum(~valid, dtype=jnp.int32),
     }
-
-
-def reconstruct(
-    network: Network[Autoencoder], params: Params, batch: Batch, grid: tuple[int, int]
-) -> UInt8[Array, "batch h w 3"]:
-    """What the decoder makes of the features of a batch of one grid."""
-    return to_uint8(network(params).decoder(features_2d(network, params, batch, grid)))
-
-
-def features_2d(
-    network: Network[Autoencoder], params: Params, batch: Batch, grid: tuple[int, int]
-) -> Float[Array, "batch rows cols channels"]:
-    """Features of a batch of one grid, as the decoder reads them."""
-    rows, cols = grid
-    features = network(params).features(batch["patches"], batch["grid"])[:, : rows * cols]
-    return features.reshape(features.shape[0], rows, cols, features.shape[-1])
-
-
-def target_pixels(patches: UInt8[Array, "batch tokens pixels"], grid: tuple[int, int]) -> Float[Array, "batch h w 3"]:
-    """The images of a batch of one grid, in [-1, 1]."""
-    patch = round((patches.shape[-1] / 3) ** 0.5)
-    rows, cols = grid
-    return unpatchify(patches[:, : rows * cols], grid, patch).astype(jnp.float32) / 127.5 - 1.0
-
-
-class Moments(NamedTuple):
-    """How many features, their mean and their sum of squared deviations a channel."""
-
-    num_tokens: Float[Array, ""]
-    mean: Float[Array, " channels"]
-    deviations: Float[Array, " channels"]
-
-    @classmethod
-    def zero(cls, channels: int) -> Moments:
-        return cls(jnp.zeros(()), jnp.zeros((channels,)), jnp.zeros((channels,)))
-
-    def std(self) -> Float[Array, " channels"]:
-        return jnp.sqrt(self.deviations / jnp.maximum(self.num_tokens, 1.0))
-
-
-def update_moments(network: Network[Autoencoder], params: Params, moments: Moments, batch: Batch) -> Moments:
-    """Adds the features of a batch's valid tokens (Chan, Golub and LeVeque 1979, the pairwise form of Welford's)."""
-    features = network(params).features(batch["patches"], batch["grid"])
-    mask = token_mask(batch["grid"], features.shape[1])[..., None]
-    count = jnp.sum(mask, dtype=jnp.float32)
-    mean = jnp.sum(jnp.where(mask, features, 0.0), axis=(0, 1)) / jnp.maximum(count, 1.0)
-    deviations = jnp.sum(jnp.where(mask, jnp.square(features - mean[None, None]), 0.0), axis=(0, 1))
-    total = jnp.maximum(moments.num_tokens + count, 1.0)
-    delta = mean - moments.mean
-    return Moments(
-        moments.num_tokens + count,
-        moments.mean + delta * count / total,
-        moments.deviations + deviations + jnp.square(delta) * moments.num_tokens * count / total,
-    )
 
 
 class Sampling(NamedTuple):

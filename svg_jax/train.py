@@ -49,7 +49,7 @@ def main(config: ConfigDict, workdir: str) -> None:
             tokenizer,
             batch_size=config.batch_size,
             resolution=config.data.resolution,
-            patch_size=config.autoencoder.encoder.patch_size,
+            patch_size=assemble.patch_size(config),
             max_text_tokens=config.text.max_tokens,
             max_ratio=config.data.max_ratio,
             caption_dropout=config.data.caption_dropout,

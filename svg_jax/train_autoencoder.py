@@ -1,98 +1,107 @@
-"""Trains the decoder of an autoencoder: `python -m svg_jax.train_autoencoder --config=configs/… --workdir=DIR`.
+"""Trains an autoencoder: `python -m svg_jax.train_autoencoder --config=configs/… --workdir=DIR`.
 
-First the latent statistics over some images, then the decoder on pixels. The same command goes on where an interrupted
-run stopped.
+First the latent statistics over some images, then decoder, residual branch and discriminator. The same command goes on
+where an interrupted run stopped.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
-from collections.abc import Callable
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from data_pipelines.batches import TextToImageBatches, make_loader
+from data_pipelines.batches import make_loader
+from data_pipelines.grids import GridBatches
 from data_pipelines.sources import open_source
-from data_pipelines.text import ByteTokenizer
 from svg_jax import assemble, distributed
 from svg_jax import config as doors
-from svg_jax.checkpoint import Checkpoints, load_config, load_params
+from svg_jax.autoencoder_steps import Moments, reconstruct, update_moments
+from svg_jax.checkpoint import Checkpoints, load_config
 from svg_jax.guards import STOPPED
 from svg_jax.loop import device_batch, fit
-from svg_jax.metrics import MetricWriter
-from svg_jax.models.autoencoder import Autoencoder, to_uint8
+from svg_jax.metrics import MetricWriter, compared
+from svg_jax.models.autoencoder import Autoencoder
 from svg_jax.nn.functional import Network, Params
 from svg_jax.parallel import make_mesh, replicated, shardings_of
 from svg_jax.programs import autoencoder_program
-from svg_jax.state import TrainState
-from svg_jax.steps import Moments, reconstruct, target_pixels, update_moments
+from svg_jax.state import TrainState, on_device
 
 logger = logging.getLogger("svg_jax")
 
-PICTURES = 8  # in a grid of input | reconstruction
+PICTURES = 8  # in a grid of input | reconstruction | difference
 
 
 def main(config: ConfigDict, workdir: str) -> None:
     """Trains to `config.num_train_steps`."""
     with doors.one_sentence():
+        # Everything that can be wrong is found before anything is compiled.
         assemble.check(config, needs="statistics")
         distributed.initialise(config.cluster)
+        assemble.make_paths_absolute(config)
         mesh = make_mesh(config.mesh)
         program = autoencoder_program(config, mesh)
-        network = program.networks
-        patch_size = config.autoencoder.encoder.patch_size
-        grid = (config.data.resolution // patch_size,) * 2
+        network = program.networks.autoencoder
 
-        # One grid for all images; captions are not read.
-        batches = TextToImageBatches(
+        # Data: every batch has one size, the same on all hosts.
+        batches = GridBatches(
             open_source(config.data.path, config.data.root),
-            ByteTokenizer(),
             batch_size=config.batch_size,
             resolution=config.data.resolution,
-            patch_size=patch_size,
-            max_text_tokens=1,
-            max_ratio=1.0,
-            caption_dropout=1.0,
+            patch_size=assemble.patch_size(config),
+            max_ratio=config.data.max_ratio,
+            random_crop=config.data.random_crop,
+            max_bad_fraction=config.data.max_bad_fraction,
             seed=config.seed,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+        check_same_data(batches, config.cluster.start_timeout)
         checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every)
         restored = checkpoints.restore(program.state)
         if restored is not None:
             assemble.check_resumed(config, load_config(workdir))
 
     loader = functools.partial(make_loader, batches, num_threads=config.data.num_threads, prefetch=config.data.prefetch)
+    measure = functools.partial(measure_latents, config, network, batches, mesh)
     with jax.set_mesh(mesh):
         if restored is not None:
             state = restored[0]
             logger.info("resuming after step %d", int(state.step))
         else:
             with doors.one_sentence():
-                if config.init_from:
-                    params = load_params(config.init_from, network.shapes, assemble.shardings(network, mesh))
-                else:
-                    params = assemble.load_autoencoder(config.autoencoder, network, mesh)
-                    params = measure_latents(config, network, params, loader, mesh)
-            state = jax.jit(program.create, out_shardings=shardings_of(program.state))(params)
+                params = assemble.begin_autoencoder(config, program.networks, mesh)
+                params |= measure({name: params[name] for name in network.shapes})
+            state = jax.jit(program.create, out_shardings=shardings_of(program.state), donate_argnums=0)(params)
+        trained = sum(value.size for value in state.params.values())
+        logger.info(
+            "%.1fM trained parameters, mesh %s, %d records", trained / 1e6, dict(mesh.shape), len(batches.source)
+        )
 
         examples = device_batch(batches[0], mesh)
-        side_by_side = jax.jit(
-            lambda params, batch: jnp.concatenate(
-                [to_uint8(target_pixels(batch["patches"], grid)), reconstruct(network, params, batch, grid)], axis=2
-            ),
+        draw_all = jax.jit(
+            lambda params, batch: (batch["images"], reconstruct(network, params, batch["images"], batch["valid"])),
             out_shardings=replicated(mesh),
         )
 
+        def model_of(state: TrainState) -> Params:
+            everything = {**state.frozen, **on_device(state.ema)}
+            return {name: everything[name] for name in network.shapes}
+
         def draw(state: TrainState) -> list[np.ndarray]:
-            return list(jax.device_get(side_by_side({**state.frozen, **state.ema}, examples))[:PICTURES])
+            before, after = jax.device_get(draw_all(model_of(state), examples))
+            return compared(before[:PICTURES, : after.shape[1], : after.shape[2]], after[:PICTURES])
+
+        def finish(state: TrainState) -> TrainState:
+            """The latents have changed if the residual branch has."""
+            if not any(name.startswith("extra_vit.") for name in state.params):
+                return state
+            return dataclasses.replace(state, frozen={**state.frozen, **measure(model_of(state))})
 
         with doors.one_sentence():
             writer = MetricWriter(
@@ -115,21 +124,39 @@ def main(config: ConfigDict, workdir: str) -> None:
                 writer=writer,
                 checkpoints=checkpoints,
                 draw=draw,
+                finish=finish,
                 preempted=distributed.preempted,
                 records=batches.records,
             )
 
 
+def check_same_data(batches: GridBatches, timeout: float) -> None:
+    """All processes must see the same records in the same grids, or their batches would not fit together.
+
+    Raises:
+        ValueError: They do not.
+    """
+    seen = distributed.everyone("the same data", batches.fingerprint, timeout)
+    if others := [i for i, fingerprint in enumerate(seen) if fingerprint != seen[0]]:
+        raise ValueError(
+            f"processes {', '.join(map(str, others))} read other data than process 0: give all of them the same files"
+        )
+
+
 def measure_latents(
-    config: ConfigDict, network: Network[Autoencoder], params: Params, loader: Callable[..., Any], mesh: Mesh
+    config: ConfigDict, network: Network[Autoencoder], batches: GridBatches, mesh: Mesh, params: Params
 ) -> Params:
-    """Sets mean and standard deviation of the latents from the features of `config.statistics.num_images` images."""
+    """Mean and standard deviation of the latents, from the features of `config.statistics.num_images` images.
+
+    Raises:
+        ValueError: A channel does not vary.
+    """
     update = jax.jit(functools.partial(update_moments, network), out_shardings=replicated(mesh), donate_argnums=1)
     moments = jax.device_put(Moments.zero(network.shapes["latents.mean"].shape[0]), replicated(mesh))
-    reader = loader()
-    for _ in range(-(-config.statistics.num_images // config.batch_size)):
-        moments = update(params, moments, device_batch(next(reader), mesh))
-    reader.close()
+    reader = make_loader(batches, num_threads=config.data.num_threads, prefetch=config.data.prefetch)
+    with contextlib.closing(reader):
+        for _ in range(-(-config.statistics.num_images // config.batch_size)):
+            moments = update(params, moments, device_batch(next(reader), mesh))
     std = np.asarray(jax.device_get(moments.std()))
     if not (np.isfinite(std).all() and (std > 0).all()):
         raise ValueError(
@@ -137,7 +164,7 @@ def measure_latents(
             "are the images readable, and not all of one colour?"
         )
     logger.info("latent statistics over %d features", int(moments.num_tokens))
-    return {**params, "latents.mean": moments.mean, "latents.std": moments.std()}
+    return {"latents.mean": moments.mean, "latents.std": moments.std()}
 
 
 if __name__ == "__main__":

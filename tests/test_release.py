@@ -13,20 +13,33 @@ import torch
 from ml_collections import ConfigDict
 from PIL import Image
 
+from configs import autoencoder_base
 from data_pipelines.text import train_word_tokenizer
-from svg_jax import assemble, sample
-from svg_jax.convert.kinds import Model, restored
-from svg_jax.models.autoencoder import Autoencoder
+from svg_jax import assemble, sample, train_autoencoder
+from svg_jax.checkpoint import load_config
+from svg_jax.convert.kinds import restored
+from svg_jax.convert.model import Model
+from svg_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from svg_jax.models.decoder import DecoderConfig
+from svg_jax.models.residual import ResidualConfig
 from svg_jax.nn.functional import Network
 from svg_jax.parallel import make_mesh
 from svg_jax.pipeline import SVGPipeline
 from tests.convert import release
+from tests.tiny_autoencoders import write_pictures
 from tests.vectors import assert_close
 
 TEXT = dataclasses.replace(release.GEMMA, vocab_size=300)
 DIT = dataclasses.replace(release.DIT, text_dim=TEXT.dim)
 AUTOENCODER = {"encoder": vars(release.VIT), "decoder": vars(release.DECODER)}
+AUTOENCODERS = {
+    "p": AutoencoderConfig(release.VIT, release.DECODER),
+    "r": AutoencoderConfig(
+        release.VIT,
+        dataclasses.replace(release.DECODER, z_channels=24),
+        ResidualConfig(dim=16, num_layers=1, num_heads=2, hidden_dim=32, patch_size=4),
+    ),
+}
 
 
 def scaled(model: Model, seed: int) -> dict[str, np.ndarray]:
@@ -97,3 +110,65 @@ def test_a_vision_model_alone_begins_an_autoencoder(tmp_path: Path) -> None:
     other = Network(lambda rngs: Autoencoder(sizes_of_wrong, rngs=rngs))
     with pytest.raises(ValueError, match=r"another architecture: shapes differ: blocks\."):
         assemble.load_autoencoder(wrong, other, make_mesh({"fsdp": -1}))
+
+
+def lightning(path: Path, config: AutoencoderConfig, loss: dict[str, np.ndarray]) -> None:
+    """An autoencoder as the release saves it."""
+    state = scaled(restored({"autoencoder": dataclasses.asdict(config)}), 6) | loss
+    torch.save({"state_dict": release.tensors(state), "epoch": 3}, path)
+    (path.parent / "heads.json").write_text('{"extra_vit": {"output_dim": 8, "use_outnorm": true, "num_heads": 2}}')
+
+
+def training(folder: Path, imported: Path) -> ConfigDict:
+    """Two steps on eight pictures, from what was imported."""
+    config = autoencoder_base.get_config()
+    config.autoencoder = {**load_config(str(imported))["autoencoder"], "checkpoint": str(imported)}
+    config.data.update(path=str(write_pictures(folder / "pictures", 8)), resolution=32, num_threads=1)
+    config.num_train_steps, config.batch_size, config.log_every, config.sample.every = 2, 8, 1, 0
+    config.checkpoint.every = 2
+    config.statistics.num_images = 8
+    for part in ("encoder", "decoder", "residual"):
+        if config.autoencoder[part]:
+            config.autoencoder[part].dtype = "float32"
+    config.loss.update(
+        dtype="float32", perceptual_channels=release.WIDTHS, disc_channels=4, disc_num_layers=1, disc_start=1
+    )
+    return config
+
+
+@pytest.mark.parametrize("kind", ["p", "r"])
+def test_training_goes_on_from_the_release_and_back_to_it(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Autoencoder-P without anything of its losses, Autoencoder-R with all of them."""
+    loss = release.of_loss(layers=1) if kind == "r" else {}
+    lightning(tmp_path / "in.ckpt", AUTOENCODERS[kind], loss)
+    flags = ("--architecture", tmp_path / "heads.json")
+    release.run("import", tmp_path / "in.ckpt", "--to", tmp_path, *flags)
+    imported, run = tmp_path / "autoencoder", tmp_path / "run"
+    config = training(tmp_path, imported)
+    if kind == "p":
+        config.loss.perceptual_weight = 0.0
+    with caplog.at_level("WARNING", logger="svg_jax"):
+        train_autoencoder.main(config, str(run))
+    assert ("has no discriminator: training begins with a new one" in caplog.text) == (kind == "p")
+
+    release.run("export", run, "--to", tmp_path / "out.ckpt", "--part", "params")
+    before, after = (
+        {name: tensor.numpy() for name, tensor in torch.load(tmp_path / file)["state_dict"].items()}
+        for file in ("in.ckpt", "out.ckpt")
+    )
+    assert ("loss.perceptual_loss.net.slice5.28.weight" in after) == (kind == "r")
+    for name in before.keys() & after.keys():
+        moved = np.abs(after[name] - before[name]).max()
+        if name.startswith(("decoder.", "extra_vit.", "loss.discriminator.")) and "running" not in name:
+            assert moved < 4 * config.optim.lr, name  # two steps of Adam, from the weights of the release
+            assert moved > 0 or not name.endswith("weight"), name
+        elif "running" not in name:
+            assert moved == 0, name
+    lost = {name for name in before.keys() - after.keys() if "tracked" not in name and "scaling" not in name}
+    assert not lost
+
+    release.run("import", tmp_path / "out.ckpt", "--to", tmp_path / "again", *flags)
+    release.run("export", tmp_path / "again/autoencoder", "--to", tmp_path / "last.ckpt")
+    release.assert_same(tmp_path / "last.ckpt", after, "state_dict")

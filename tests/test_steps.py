@@ -28,19 +28,13 @@ from svg_jax.steps import (
     Batch,
     FlowObjective,
     Frozen,
-    Moments,
     Networks,
     Sampling,
     accumulate,
-    autoencoder_step,
     decode_latents,
     draw_latents,
     encode_prompts,
-    features_2d,
-    reconstruct,
-    target_pixels,
     text_to_image_step,
-    update_moments,
 )
 from tests.vectors import assert_close
 
@@ -251,69 +245,6 @@ def test_accumulation_sums_over_parts_that_cover_the_batch() -> None:
         assert jax.tree.map(np.asarray, accumulate(function, batch, jax.random.key(0), parts))[1] == whole[1]
     with pytest.raises(ValueError, match="a batch of 6 cannot be cut into 4 micro-batches"):
         accumulate(function, batch, jax.random.key(0), 4)
-
-
-def square(grid: tuple[int, int], count: int = 4, empty: int = 3) -> Batch:
-    """A batch of one grid, one slot of which holds no image."""
-    return make_batch(grid=np.array([grid if i != empty else (0, 0) for i in range(count)], np.int32))
-
-
-def test_the_autoencoder_step_trains_the_decoder_alone(tiny: Tiny) -> None:
-    network, grid, batch = tiny.networks.autoencoder, (2, 3), square((2, 3))
-    everything = tiny.frozen["autoencoder"]
-    decoder = {name: value for name, value in everything.items() if name.startswith("decoder.")}
-    rest = {name: value for name, value in everything.items() if name not in decoder}
-    state = TrainState.create(decoder, optax.sgd(0.1), jax.random.key(0), frozen=rest)
-    step = jax.jit(autoencoder_step(network, optax.sgd(0.1), ema_decay=DECAY, grid=grid))
-
-    after, metrics = step(state, batch)
-    features = features_2d(network, everything, batch, grid)
-    images = np.asarray(network(everything).decoder(features), np.float64)
-    errors = np.abs(images - np.asarray(target_pixels(batch["patches"], grid)))
-    assert_close(metrics["loss"], errors[:3].mean(), 1e-5)
-    assert after.params.keys() == after.ema.keys() == decoder.keys()
-    assert all((np.asarray(after.params[name]) != np.asarray(value)).any() for name, value in decoder.items())
-    for name, value in rest.items():
-        np.testing.assert_array_equal(after.frozen[name], value)
-    assert float(step(after, batch)[1]["loss"]) < float(metrics["loss"])
-    assert int(metrics["bad_records"]) == 1
-
-    name = "decoder.conv_out.bias"
-    broken = dataclasses.replace(state, params={**decoder, name: decoder[name].at[0].set(jnp.nan)})
-    after, metrics = step(broken, batch)
-    assert after.skipped.tolist() == [1, 1] == [metrics["skipped_steps"], metrics["skipped_in_a_row"]]
-    for name, value in broken.params.items():
-        np.testing.assert_array_equal(after.params[name], value)
-
-
-def test_reconstructions_and_their_targets_line_up(tiny: Tiny) -> None:
-    grid, batch = (2, 3), square((2, 3))
-    pixels = np.asarray(target_pixels(batch["patches"], grid))
-    assert pixels.shape == (4, 2 * PATCH, 3 * PATCH, 3)
-    patch = np.asarray(batch["patches"])[1, 5].reshape(PATCH, PATCH, 3)  # row 1, column 2
-    assert_close(pixels[1, PATCH:, 2 * PATCH :], patch / 127.5 - 1.0, 1e-6)
-    images = reconstruct(tiny.networks.autoencoder, tiny.frozen["autoencoder"], batch, grid)
-    assert images.shape == pixels.shape
-    assert images.dtype == jnp.uint8
-
-
-def test_moments_are_those_of_all_valid_tokens(tiny: Tiny) -> None:
-    network, params = tiny.networks.autoencoder, tiny.frozen["autoencoder"]
-    update = jax.jit(lambda moments, batch: update_moments(network, params, moments, batch))
-    moments, rows = Moments.zero(CHANNELS), []
-    for seed, grid in enumerate([GRID, GRID[::-1].copy(), np.zeros_like(GRID)]):
-        batch = make_batch(seed, grid)
-        moments = update(moments, batch)
-        features = np.asarray(network(params).features(batch["patches"], batch["grid"]), np.float64)
-        rows += [features[i, : rows_ * cols] for i, (rows_, cols) in enumerate(grid)]
-    tokens = np.concatenate(rows)
-    assert int(moments.num_tokens) == len(tokens)
-    assert_close(moments.mean, tokens.mean(axis=0), 1e-5)
-    assert_close(moments.std(), tokens.std(axis=0), 1e-5)
-
-
-def test_no_moments_yet() -> None:
-    assert Moments.zero(3).std().tolist() == [0.0] * 3
 
 
 def sample(tiny: Tiny, params: Params, tokens: Array, lengths: Array, places: Array, settings: Sampling, solver: str):

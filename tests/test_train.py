@@ -40,6 +40,7 @@ SMALL = {  # overrides that make a run of seconds
     "model.axes_dims": (4, 2, 2),
     "text.max_tokens": 16,
     "autoencoder.decoder.channel_multipliers": (1, 1, 1, 1),
+    "autoencoder.residual.num_layers": 1,
 }
 
 
@@ -58,12 +59,21 @@ def scalars(workdir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def command(workdir: Path, data: Path, **overrides: Any) -> list[str]:
-    values = {k: v for k, v in (SMALL | {"data.path": str(data)} | overrides).items() if not isinstance(v, tuple)}
+OF_AUTOENCODER = {  # of the same, for an autoencoder with a residual branch and a discriminator
+    **{key: value for key, value in SMALL.items() if not key.startswith(("model", "text"))},
+    "statistics.num_images": 16,
+    "loss.disc_weight": 0.5,
+    "loss.disc_channels": 8,
+    "loss.disc_num_layers": 1,
+    "loss.disc_start": 2,
+}
+
+
+def command(door: str, workdir: Path, data: Path, **overrides: Any) -> list[str]:
+    config, small = {"train": (tiny_scenes, SMALL), "train_autoencoder": (tiny_autoencoder, OF_AUTOENCODER)}[door]
+    values = small | {"data.path": str(data)} | overrides
     flags = [f"--config.{key}={value}" for key, value in values.items()]
-    flags += [f"--config.{k}={v}" for k, v in SMALL.items() if isinstance(v, tuple)]
-    config = Path(tiny_scenes.__file__)
-    return [sys.executable, "-m", "svg_jax.train", f"--config={config}", f"--workdir={workdir}", *flags]
+    return [sys.executable, "-m", f"svg_jax.{door}", f"--config={config.__file__}", f"--workdir={workdir}", *flags]
 
 
 def environment() -> dict[str, str]:
@@ -71,16 +81,25 @@ def environment() -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_killed_at_any_step_and_started_again_gives_the_same_losses(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("door", "exact"),
+    [
+        ("train", ("loss", "grad_norm")),
+        ("train_autoencoder", ("loss", "grad_norm", "loss/adaptive_weight", "logits/real", "logits/fake")),
+    ],
+)
+def test_killed_at_any_step_and_started_again_gives_the_same_losses(
+    data: Path, tmp_path: Path, door: str, exact: tuple[str, ...]
+) -> None:
     """SIGKILL before the first checkpoint, and again after one: bit for bit as a run never interrupted."""
     steps = {"num_train_steps": 8}
-    subprocess.run(command(tmp_path / "whole", data, **steps), env=environment(), check=True, timeout=300)
+    subprocess.run(command(door, tmp_path / "whole", data, **steps), env=environment(), check=True, timeout=300)
     whole = scalars(tmp_path / "whole")
     assert [line["step"] for line in whole] == list(range(8))
 
     log = tmp_path / "killed" / "metrics.jsonl"
     for kill_at in (1, 5):
-        process = subprocess.Popen(command(tmp_path / "killed", data, **steps), env=environment())
+        process = subprocess.Popen(command(door, tmp_path / "killed", data, **steps), env=environment())
         deadline = time.monotonic() + 300
         while not log.exists() or len(log.read_text().splitlines()) <= kill_at:
             assert process.poll() is None, "ended before it could be killed"
@@ -88,11 +107,12 @@ def test_killed_at_any_step_and_started_again_gives_the_same_losses(data: Path, 
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    subprocess.run(command(tmp_path / "killed", data, **steps), env=environment(), check=True, timeout=300)
+    subprocess.run(command(door, tmp_path / "killed", data, **steps), env=environment(), check=True, timeout=300)
 
     killed = scalars(tmp_path / "killed")
-    exact = ("step", "loss", "grad_norm")
-    assert [[line[k] for k in exact] for line in killed] == [[line[k] for k in exact] for line in whole]
+    assert [[line[k] for k in ("step", *exact)] for line in killed] == [
+        [line[k] for k in ("step", *exact)] for line in whole
+    ]
 
 
 MESHES = (
@@ -160,10 +180,7 @@ def test_autoencoder_then_diffusion_then_pictures(
 ) -> None:
     """The three doors one after the other: the second reads the first's checkpoint, the third both."""
     config = tiny_autoencoder.get_config()
-    small = {key: value for key, value in SMALL.items() if not key.startswith(("model", "text"))}
-    config.update_from_flattened_dict(
-        small | {"data.path": str(data), "num_train_steps": 3, "statistics.num_images": 16}
-    )
+    config.update_from_flattened_dict(OF_AUTOENCODER | {"data.path": str(data), "num_train_steps": 3})
     train_autoencoder.main(config, str(tmp_path / "autoencoder"))
     assert scalars(tmp_path / "autoencoder")[-1]["step"] == 2
 

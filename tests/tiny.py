@@ -15,7 +15,8 @@ from svg_jax import assemble
 from svg_jax.checkpoint import save_params
 from svg_jax.models.gemma2 import Gemma2Config
 from svg_jax.models.stand_in import with_cosine_patches
-from svg_jax.models.vit import qkv_bias_mask, rope_periods
+from svg_jax.models.vit import rope_periods
+from svg_jax.nn.blocks import qkv_bias_mask
 
 SIDE = 32  # pixels of a picture by default: 4 x 4 latents
 
@@ -41,19 +42,20 @@ def write_tiny_weights(folder: Path, *, seed: int = 0) -> None:
         random_params(network.shapes, seed + i) for i, network in enumerate(assemble.networks(config))
     )
     # Of what random weights leave no picture: the encoder's first layer, and the size of its features.
-    encoder = assemble.autoencoder_config(config.autoencoder).encoder
+    of_autoencoder = assemble.autoencoder_config(config.autoencoder)
+    encoder = of_autoencoder.encoder
     with_cosines = with_cosine_patches({}, encoder, "encoder.")
     autoencoder |= {name: np.asarray(value) for name, value in with_cosines.items()}
     autoencoder["encoder.rope_embed.periods"] = rope_periods(encoder.head_dim // 4, encoder.rope_base)
     mask = "encoder.blocks.attn.qkv.bias_mask"
     autoencoder[mask] = qkv_bias_mask(autoencoder[mask].shape)
-    decoder = {name: value for name, value in autoencoder.items() if name.startswith("decoder.")}
-    frozen = {name: value for name, value in autoencoder.items() if name not in decoder}
+    trained = {name: value for name, value in autoencoder.items() if of_autoencoder.trained(name)}
+    frozen = {name: value for name, value in autoencoder.items() if name not in trained}
 
     sizes = config.to_dict()
-    halves = {name: sizes["autoencoder"][name] for name in ("encoder", "decoder")}
+    parts = {name: value for name, value in sizes["autoencoder"].items() if name != "checkpoint"}
     save_params(str(folder / "dit"), {"ema": dit}, sizes)
-    save_params(str(folder / "autoencoder"), {"ema": decoder, "frozen": frozen}, {"autoencoder": halves})
+    save_params(str(folder / "autoencoder"), {"ema": trained, "frozen": frozen}, {"autoencoder": parts})
     captions = ["a fox", "a hen", "two owls"]
     train_word_tokenizer(captions, folder / "text_encoder" / "tokenizer", config.text.encoder.vocab_size)
     save_params(str(folder / "text_encoder"), {"frozen": text}, {"text": {"encoder": sizes["text"]["encoder"]}})

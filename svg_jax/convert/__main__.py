@@ -16,6 +16,7 @@ from svg_jax.convert.inspection import inspect
 
 EXAMPLES = """
   python -m svg_jax.convert import consolidated_ema.00-of-01.pth svg_autoencoder.ckpt stats.pt gemma-2-2b --to weights
+  python -m svg_jax.convert import vgg16-397923af.pth vgg.pth pt_inception-2015-12-05-6726825d.pth --to weights
   python -m svg_jax.convert export runs/mine --to mine.pth --dtype bfloat16
   python -m svg_jax.convert inspect consolidated_ema.00-of-01.pth
 """
@@ -46,8 +47,9 @@ def parser() -> argparse.ArgumentParser:
         "source",
         nargs="+",
         type=Path,
-        help="diffusion transformer, autoencoder, DINOv3, latent statistics (.pth, .ckpt, .pt, .safetensors), a "
-        "checkpoint folder, a folder of transformers; what each is, its content tells",
+        help="diffusion transformer, autoencoder, vision model, latent statistics, the two files of LPIPS, the "
+        "Inception of FID (.pth, .ckpt, .pt, .safetensors), a checkpoint folder, a folder of transformers; what each "
+        "is, its content tells",
     )
     command.add_argument(
         "--to", required=True, metavar="DIR", help="gets a workdir for each: DIR/dit, DIR/autoencoder, ..."
@@ -57,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE.json",
         help="the release's constructor arguments, where weights of no published size do not tell them; "
-        'for several sources {"dit": {...}, "autoencoder": {"encoder": {...}, "decoder": {...}}}',
+        'for several sources {"dit": {...}, "autoencoder": {"encoder": {...}, "decoder": {...}, "extra_vit": {...}}}',
     )
     command.add_argument("--overwrite", action="store_true", help="replace workdirs that are there")
     command.set_defaults(run=_import)

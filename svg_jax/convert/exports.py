@@ -18,8 +18,10 @@ from etils import epath
 
 from svg_jax.checkpoint import SavedParams, load_config, open_params
 from svg_jax.convert import formats, kinds
+from svg_jax.convert.files import check_local, replacing
 from svg_jax.convert.formats import Selected, Structs, Write
-from svg_jax.convert.kinds import DESCRIPTIONS, STATISTICS, Model
+from svg_jax.convert.kinds import MEASURE, STATISTICS
+from svg_jax.convert.model import Model
 from svg_jax.convert.rules import iterate_release, release_shapes
 from svg_jax.convert.sources import CHECKPOINTS, MODEL_ARGS
 from svg_jax.nn.functional import mismatch
@@ -60,12 +62,13 @@ def export_weights(
         ValueError: What is there cannot be written so, or `target` and `workdir` overlap.
         ImportError: PyTorch's format is wanted, and PyTorch is not installed.
     """
-    formats.check_local(target)
+    check_local(target)
     _check_apart(workdir, target)
     if target.exists() and not overwrite:
         raise FileExistsError(f"there is {target} already: choose another --to, or replace it with --overwrite")
     config = load_config(workdir)
-    model, saved = kinds.restored(config), open_params(workdir)
+    saved = open_params(workdir)
+    model = kinds.restored(config, _shapes(saved))
     origin = config.get("origin", {})
     _check_replaceable(target, _folder_names(model, origin, epath.Path(workdir) / "tokenizer"))
     if statistics or model.kind == "statistics":
@@ -76,7 +79,7 @@ def export_weights(
     def of(part: str) -> _Tensors:
         return _Tensors(model, saved, part if part in saved else "ema" if "ema" in saved else "params", dtype)
 
-    with formats.replacing(target) as path:
+    with replacing(target) as path:
         if target.suffix:
             return [_write(path, target, of(part or "ema"), origin, model)]
         path.mkdir()
@@ -94,6 +97,12 @@ def export_weights(
                 f"{workdir} was not imported from a folder of transformers: name a file, {target}.safetensors or .pth"
             )
         return _write_transformers(path, target, of("frozen"), origin, epath.Path(workdir) / "tokenizer", dtype)
+
+
+def _shapes(saved: Mapping[str, SavedParams]) -> Structs:
+    """Of the parameters that are there, by our names."""
+    parts = (params for part, params in saved.items() if part != "carried")
+    return {name: shape for params in parts for name, shape in params.shapes.items()}
 
 
 def _check_apart(workdir: str, target: Path) -> None:
@@ -209,19 +218,24 @@ def _write_transformers(
 def _export_statistics(model: Model, saved: Mapping[str, SavedParams], target: Path) -> list[str]:
     """As imported; of an autoencoder one row, which the release takes for the last layer's."""
     if model.kind not in ("statistics", "autoencoder"):
-        raise ValueError(f"a {DESCRIPTIONS[model.kind]} has no latent statistics: name an autoencoder's workdir")
+        raise ValueError(f"a {model.title} has no latent statistics: name an autoencoder's workdir")
+    if target.suffix not in (*TORCH_SUFFIXES, ".safetensors"):
+        raise ValueError(f"{target}: the name of statistics must end in .pt or .safetensors")
     frozen = saved["frozen"]
     if model.kind == "statistics":
         arrays = {name: frozen[ours] for ours, name in zip(STATISTICS, model.layout.split(","), strict=True)}
     else:
+        if not frozen["latents.mean"].any() and (frozen["latents.std"] == 1).all():
+            raise ValueError(
+                "its latent statistics were never given (mean 0, std 1): import the release's file into the same "
+                f"folder, or measure them with `{MEASURE}`"
+            )
         channels = model.networks["encoder"].dim  # the release itself extends them to Autoencoder-R's
         arrays = {name: frozen[f"latents.{name}"][None, :channels] for name in STATISTICS}
     structs = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in arrays.items()}
-    if target.suffix not in (*TORCH_SUFFIXES, ".safetensors"):
-        raise ValueError(f"{target}: the name of statistics must end in .pt or .safetensors")
     torch = target.suffix in TORCH_SUFFIXES
     writer = formats.torch_writer if torch else formats.safetensors_writer
-    with formats.replacing(target) as path, writer(path, structs) as write:
+    with replacing(target) as path, writer(path, structs) as write:
         for name, array in arrays.items():
             write(name, array)
     return [f"{target}: {', '.join(f'{name} {list(array.shape)}' for name, array in arrays.items())}"]

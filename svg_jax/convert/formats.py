@@ -11,10 +11,8 @@ import contextlib
 import io
 import json
 import math
-import os
 import pickle
 import re
-import shutil
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -95,14 +93,6 @@ class Content(NamedTuple):
     metadata: dict[str, str] | None = None  # of safetensors
 
 
-def check_local(path: Path) -> None:
-    """Refuses an address such as gs://bucket, which would be taken for a folder's name."""
-    if re.match(r"\w\w+:/", str(path)):  # a `Path` makes one slash of two
-        raise ValueError(
-            f"{str(path).replace(':/', '://', 1)} must be a local path here: copy it with the store's tool"
-        )
-
-
 def open_file(path: Path) -> Content:
     """A file of weights, whatever its name.
 
@@ -149,7 +139,10 @@ def _open_safetensors(path: Path) -> Content:
             header: dict[str, Any] = json.loads(file.read(begin - 8))
             metadata = header.pop("__metadata__", None)
             structs, offsets = {}, {}
-            for name, entry in header.items():
+            foreign = {
+                name: entry["dtype"] for name, entry in header.items() if entry["dtype"] not in SAFETENSORS_DTYPES
+            }
+            for name, entry in ({} if foreign else header).items():
                 dtype = jnp.dtype(SAFETENSORS_DTYPES[entry["dtype"]])
                 structs[name] = jax.ShapeDtypeStruct(tuple(entry["shape"]), dtype)
                 offsets[name], end = entry["data_offsets"]
@@ -157,6 +150,11 @@ def _open_safetensors(path: Path) -> Content:
                     raise ValueError(f"'{name}' has another size than its shape says")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} has no readable safetensors header ({error!r}): download it again") from error
+    for name, dtype in foreign.items():
+        raise ValueError(
+            f"{path}: '{name}' is {dtype}, and quantised weights are not read here: take the file of float32, float16 "
+            "or bfloat16"
+        )
     expected = begin + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size != expected:
         raise ValueError(f"{path} has {size} bytes and should have {expected}: download it again")
@@ -382,31 +380,3 @@ def _pickled(tree: Any) -> bytes:
 def _check(name: str, array: np.ndarray, structs: Structs) -> None:
     if (array.shape, array.dtype) != (structs[name].shape, structs[name].dtype):
         raise ValueError(f"'{name}' is {array.dtype}{list(array.shape)}, expected {structs[name]}")
-
-
-@contextlib.contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A path beside `target`, which takes its place at the end; on an error nothing is left and nothing lost."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    before = target.with_name(f".{target.name}.before")
-    if before.is_dir():
-        if target.exists():
-            _remove(before)
-        else:  # stopped between the two renames below
-            before.rename(target)
-    try:
-        yield beside
-        if beside.is_dir() and target.exists():  # a file is replaced in one step, a folder is not
-            target.rename(before)
-        os.replace(beside, target)
-        _remove(before)
-    finally:
-        _remove(beside)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,17 +15,21 @@ from etils import epath
 
 from configs import base
 from svg_jax.checkpoint import FOLDER, load_config, open_params, save_params
-from svg_jax.convert import kinds
+from svg_jax.convert import kinds, sources
 from svg_jax.convert.formats import Selected, Weights
-from svg_jax.convert.kinds import DESCRIPTIONS, RESIDUAL_CHANNELS, STATISTICS, Model
-from svg_jax.convert.rules import Converted, carried
+from svg_jax.convert.kinds import LACKS, MEASURE, STATISTICS
+from svg_jax.convert.model import Model
+from svg_jax.convert.rules import Converted, carried, dropped
 from svg_jax.convert.sources import Source, open_source, recognise
+from svg_jax.models.autoencoder import extended
+from svg_jax.models.lpips import LPIPSConfig
 
 logger = logging.getLogger("svg_jax")
 
 Arrays = Mapping[str, np.ndarray]
 
 RESOLUTION = 1024  # pixels, of the published diffusion transformer
+RESIDUAL_CHANNELS = 8  # of the published Autoencoder-R, whose statistics the release makes from the others
 
 
 def latent_statistics(arrays: Arrays, channels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -43,14 +48,12 @@ def latent_statistics(arrays: Arrays, channels: int) -> tuple[np.ndarray, np.nda
     def last(names: tuple[str, ...]) -> np.ndarray:
         array = next(arrays[name] for name in names if name in arrays)
         row = np.asarray(array).reshape(-1, array.shape[-1])[-1].astype(np.float32)
-        if len(row) + RESIDUAL_CHANNELS == channels:
-            row = np.concatenate([row, np.full(RESIDUAL_CHANNELS, row.mean(), np.float32)])
-        if len(row) != channels:
+        if len(row) not in (channels, channels - RESIDUAL_CHANNELS):
             raise ValueError(
-                f"the latent statistics are of {len(row)} channels and the latents have {channels}: "
-                "`python -m svg_jax.train_autoencoder` measures those of an autoencoder"
+                f"the latent statistics are of {len(row)} channels and the latents have {channels}: `{MEASURE}` "
+                "measures those of an autoencoder"
             )
-        return row
+        return extended(row, channels)
 
     mean, std = last(STATISTICS["mean"]), last(STATISTICS["std"])
     if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
@@ -80,20 +83,20 @@ def import_weights(
         source = open_source(path)
         model = recognise(source, arguments)
         if model.kind in opened:
-            raise ValueError(
-                f"{opened[model.kind][0].path} and {path} are both a {DESCRIPTIONS[model.kind]}: "
-                "name one, or the folder that holds both"
-            )
+            source = _joined(opened[model.kind], (source, model))
+            model = recognise(source, arguments)
         opened[model.kind] = source, model
     root = epath.Path(to).absolute()
-    for kind in opened:
-        if (root / kind).exists() and not overwrite:
+    for kind, (_, model) in opened.items():
+        if (root / kind).exists() and not overwrite and not _completes(model, root / kind):
             raise FileExistsError(
                 f"there is {root / kind} already: choose another --to, or replace it with --overwrite"
             )
 
     converted = {kind: _parts(source, model) for kind, (source, model) in opened.items()}
     lines = _with_latents(root, opened, converted)
+    if "lpips" in opened:
+        opened["lpips"] = _completed(root / "lpips", *opened["lpips"], converted["lpips"])
     for kind, (source, model) in opened.items():
         with _replacing(root / kind) as folder:
             save_params(str(folder), converted[kind], _config(source, model))
@@ -124,6 +127,49 @@ def _parts(source: Source, model: Model) -> dict[str, Arrays]:
     if source.raw is not None:
         parts["params"] = convert(source.raw)
     return parts
+
+
+def _joined(one: tuple[Source, Model], other: tuple[Source, Model]) -> Source:
+    """Two files of one kind, which must be the halves of one model.
+
+    Raises:
+        ValueError: They are two models.
+    """
+    if one[1].kind != "lpips" or {"lacks"} - one[1].beside.keys() or one[1].beside == other[1].beside:
+        raise ValueError(
+            f"{one[0].path} and {other[0].path} are both a {one[1].title}: name one, or the folder that holds both"
+        )
+    return sources.joined(one[0], other[0])
+
+
+def _completes(model: Model, workdir: epath.Path) -> bool:
+    """Whether a half of LPIPS is what the one in a workdir lacks."""
+    if model.kind != "lpips" or not (workdir / FOLDER).exists():
+        return False
+    lacks = {model.beside.get("lacks"), load_config(str(workdir)).get("lacks")}
+    return None not in lacks and len(lacks) == len(LACKS)
+
+
+def _completed(workdir: epath.Path, source: Source, model: Model, parts: dict[str, Arrays]) -> tuple[Source, Model]:
+    """LPIPS with the half that came before, if it completes that.
+
+    Raises:
+        ValueError: The halves are of different widths.
+    """
+    if not _completes(model, workdir):
+        return source, model
+    config, saved = load_config(str(workdir)), open_params(str(workdir))
+    widths = config["lpips"]["channels"], list(model.networks["lpips"].channels)
+    if widths[0] != widths[1]:
+        raise ValueError(
+            f"{source.path}: its widths are {widths[1]} and those of the other half, in {workdir}, {widths[0]}"
+        )
+    parts["frozen"] = collections.ChainMap(cast(Any, parts["frozen"]), cast(Any, saved["frozen"]))
+    if "carried" in saved:
+        parts["carried"] = collections.ChainMap(cast(Any, parts["carried"]), cast(Any, saved["carried"]))
+    names = [*config["origin"]["sources"], *source.origin["sources"]]
+    whole = kinds.lpips(LPIPSConfig(tuple(widths[1])), model.layout)
+    return dataclasses.replace(source, origin={**source.origin, "sources": names}), whole
 
 
 def _put(few: dict[str, np.ndarray], arrays: Arrays) -> Arrays:
@@ -186,13 +232,14 @@ def _config(source: Source, model: Model) -> dict[str, Any]:
 
 def _networks_of(sections: dict[str, Any], kind: str) -> list[dict[str, Any]]:
     inside = {"autoencoder": "autoencoder", "text_encoder": "text"}.get(kind)
-    return list((sections[inside] if inside else sections).values())
+    values = (sections[inside] if inside else sections).values()
+    return [value for value in values if isinstance(value, dict) and "dtype" in value]
 
 
 def _told(source: Source, model: Model, folder: epath.Path) -> list[str]:
     size = f", {model.size}" if model.networks else ""
     number = kinds.summary(source.weights.structs)["parameters"]
-    lines = [f"{source.path}: {DESCRIPTIONS[model.kind]}{size}, {number} -> {folder}"]
+    lines = [f"{source.path}: {model.title}{size}, {number} -> {folder}"]
     lines += [f"  note: {note}" for note in model.notes]
     reasons: dict[str, list[str]] = {}
     for name, reason in carried(source.weights.structs, model.table).items():
@@ -200,9 +247,9 @@ def _told(source: Source, model: Model, folder: epath.Path) -> list[str]:
     for reason, names in reasons.items():
         rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
         lines.append(f"  carried for export: {names[0]}{rest} ({reason})")
-    dropped = source.origin["dropped"]
-    for reason in dict.fromkeys(dropped.values()):
-        lines.append(f"  dropped: {', '.join(name for name in dropped if dropped[name] == reason)} ({reason})")
+    left = source.origin["dropped"] | dropped(source.weights.structs, model.table)
+    for reason in dict.fromkeys(left.values()):
+        lines.append(f"  dropped: {', '.join(name for name in left if left[name] == reason)} ({reason})")
     return lines
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from svg_jax.checkpoint import FOLDER, load_config, open_params
-from svg_jax.convert import formats, kinds
-from svg_jax.convert.kinds import DESCRIPTIONS, Model
-from svg_jax.convert.rules import carried
+from svg_jax.convert import files, kinds
+from svg_jax.convert.model import DESCRIPTIONS, Model
+from svg_jax.convert.rules import carried, dropped
 from svg_jax.convert.sources import DROPPED, open_source
 
 
@@ -20,7 +20,7 @@ def inspect(path: Path) -> list[str]:
         ValueError: It cannot be read.
         ImportError: It is PyTorch's, which is not installed.
     """
-    formats.check_local(path)
+    files.check_local(path)
     workdirs = [path / kind for kind in DESCRIPTIONS if (path / kind / FOLDER).is_dir()]
     if (path / FOLDER).is_dir():
         return _inspect_workdir(path)
@@ -37,14 +37,15 @@ def inspect(path: Path) -> list[str]:
         kind = kinds.kind_of(structs)
         facts |= {"kind": DESCRIPTIONS.get(str(kind), "unknown"), **kinds.summary(structs), "problem": str(error)}
         return _aligned(facts | {"keys": _some(list(structs))})
-    facts |= {"kind": DESCRIPTIONS[model.kind], **_sizes(model), **kinds.summary(structs)}
+    facts |= {"kind": model.title, **_sizes(model), **kinds.summary(structs)}
     if source.raw is not None:
         facts["also"] = "the raw weights beside their moving average"
     if kept := carried(structs, model.table):
         facts["carried"] = _some(list(kept))
-    if dropped := source.origin["dropped"]:
-        facts["dropped"] = _some([n if why == DROPPED else f"{n} (holds weights too)" for n, why in dropped.items()])
-    if model.networks:
+    left = [n if why == DROPPED else f"{n} (holds weights too)" for n, why in source.origin["dropped"].items()]
+    if left := [*left, *dropped(structs, model.table)]:
+        facts["dropped"] = _some(left)
+    if model.table:
         facts |= {what: _some(keys) for what, keys in model.differences(structs).items()}
     return _aligned(facts)
 
@@ -54,7 +55,7 @@ def _inspect_workdir(path: Path) -> list[str]:
     facts = {"workdir": str(path), "kind": "unknown"}
     try:
         model = kinds.restored(config)
-        facts |= {"kind": DESCRIPTIONS[model.kind], **_sizes(model)}
+        facts |= {"kind": model.title, **_sizes(model)}
     except ValueError as error:
         facts["problem"] = str(error)
     if sources := config.get("origin", {}).get("sources"):

@@ -19,14 +19,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from svg_jax.convert.transforms import Transform
+
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
-
-
-class Transform(NamedTuple):
-    """An invertible rearrangement of one layer's numbers: release arrays -> our array, and back."""
-
-    to_ours: Callable[..., np.ndarray]
-    to_release: Callable[[np.ndarray], tuple[np.ndarray, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +65,19 @@ class Carried:
 
 
 @dataclasses.dataclass(frozen=True)
+class Dropped:
+    """A key of the release that has no use here and is left behind, as it would weigh much for nothing."""
+
+    release: str
+    reason: str
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The pattern of the release's name."""
+        return (self.release,)
+
+
+@dataclasses.dataclass(frozen=True)
 class Filled:
     """A parameter of ours that the release does not store: a function of its shape, still true when exported."""
 
@@ -78,7 +86,8 @@ class Filled:
     reason: str
 
 
-Table = tuple[Rule | Carried | Filled, ...]
+Row = Rule | Carried | Dropped | Filled
+Table = tuple[Row, ...]
 
 
 def to_jax(state_dict: Mapping[str, np.ndarray], rules: Table, shapes: Shapes | None = None) -> dict[str, np.ndarray]:
@@ -150,7 +159,7 @@ def differences(structs: Mapping[str, Any], rules: Table, shapes: Shapes | None 
     """Keys of a state dict that are missing, unexpected or of another shape; arguments as for `Converted`."""
     entries = _entries_of_names(structs, rules) if shapes is None else _entries_of_shapes(shapes, rules)
     keys = [key for entry in entries for layer in entry.keys for key in layer]
-    used = {*keys, *carried(structs, rules)}
+    used = {*keys, *carried(structs, rules), *dropped(structs, rules)}
     differing = []
     if shapes is not None:
         expected = release_shapes(shapes, rules)
@@ -164,24 +173,34 @@ def differences(structs: Mapping[str, Any], rules: Table, shapes: Shapes | None 
 
 
 def carried(names: Iterable[str], rules: Table) -> dict[str, str]:
-    """The names that no parameter of ours is made of, each with its reason."""
-    reasons = [(_compiled(rule.parts)[0], rule.reason) for rule in rules if isinstance(rule, Carried)]
-    matches = ((name, next((why for pattern, why in reasons if pattern.fullmatch(name)), None)) for name in names)
-    return {name: reason for name, reason in matches if reason is not None}
+    """The names that no parameter of ours is made of and that travel along, each with its reason."""
+    return {name: rule.reason for name in names if isinstance(rule := _first(name, rules), Carried)}
 
 
-def below(prefix: str, rules: Table) -> Table:
-    """A network's table where the network is a part of another: every name, theirs and ours, begins with `prefix`."""
+def dropped(names: Iterable[str], rules: Table) -> dict[str, str]:
+    """The names that are left behind, each with its reason."""
+    return {name: rule.reason for name in names if isinstance(rule := _first(name, rules), Dropped)}
 
-    def moved(rule: Rule | Carried | Filled) -> Rule | Carried | Filled:
+
+def below(prefix: str, rules: Table, ours: str | None = None) -> Table:
+    """A network's table where the network is a part of another.
+
+    Args:
+        prefix: What every name of the release begins with.
+        rules: The network's table.
+        ours: What every name of ours begins with; the same by default.
+    """
+
+    def moved(rule: Row) -> Row:
         if isinstance(rule, Filled):
-            return dataclasses.replace(rule, ours=prefix + rule.ours)
+            return dataclasses.replace(rule, ours=start + rule.ours)
         if isinstance(rule, Rule):
             return dataclasses.replace(
-                rule, release=tuple(prefix + part for part in rule.parts), ours=prefix + rule.ours
+                rule, release=tuple(prefix + part for part in rule.parts), ours=start + rule.ours
             )
         return dataclasses.replace(rule, release=prefix + rule.release)
 
+    start = prefix if ours is None else ours
     return tuple(moved(rule) for rule in rules)
 
 
@@ -254,17 +273,17 @@ def _entries_of_names(names: Iterable[str], rules: Table) -> list[_Entry]:
     """What the release's names alone say; the depth of a stack is its largest index plus one."""
     found: dict[str, tuple[Rule, dict[str, str], int]] = {}
     for name in names:
-        for rule in rules:
-            if isinstance(rule, Filled):
-                continue
-            words = next((m.groupdict() for p in _compiled(rule.parts) if (m := p.fullmatch(name))), None)
-            if words is None:
-                continue
-            if isinstance(rule, Rule):
-                ours, depth = _fill(rule.ours, words), int(words.get("i", 0)) + 1
-                found[ours] = rule, words, max(depth, found[ours][2] if ours in found else 0)
-            break
+        if isinstance(rule := _first(name, rules), Rule):
+            words = next(match.groupdict() for p in _compiled(rule.parts) if (match := p.fullmatch(name)))
+            ours, depth = _fill(rule.ours, words), int(words.get("i", 0)) + 1
+            found[ours] = rule, words, max(depth, found[ours][2] if ours in found else 0)
     return [_entry(*value) for value in found.values()]
+
+
+def _first(name: str, rules: Table) -> Row | None:
+    """The first entry of a table that a name of the release fits."""
+    named = (rule for rule in rules if not isinstance(rule, Filled))
+    return next((rule for rule in named if any(p.fullmatch(name) for p in _compiled(rule.parts))), None)
 
 
 def _rule_for(name: str, rules: Table) -> tuple[Rule | Filled, dict[str, str]]:
@@ -337,37 +356,3 @@ def report(lists: Mapping[str, list[str]], limit: int = 20) -> str:
         return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
 
     return "; ".join(f"{len(items)} {kind}: {some(items)}" for kind, items in lists.items() if items)
-
-
-SAME = Transform(lambda a: a, lambda a: (a,))
-"""The same array."""
-
-LINEAR = Transform(lambda a: a.T, lambda a: (a.T,))
-"""[out, in] <-> [in, out]"""
-
-CONV2D = Transform(lambda a: a.transpose(2, 3, 1, 0), lambda a: (a.transpose(3, 2, 0, 1),))
-"""[out, in, rows, cols] <-> [rows, cols, in, out]"""
-
-
-def _patches_to_conv(kernel: np.ndarray, channels: int = 3) -> tuple[np.ndarray, ...]:
-    features, dim = kernel.shape
-    patch = round((features / channels) ** 0.5)
-    return (kernel.reshape(patch, patch, channels, dim).transpose(3, 2, 0, 1),)
-
-
-PATCHES = Transform(lambda a: a.transpose(2, 3, 1, 0).reshape(-1, a.shape[0]), _patches_to_conv)
-"""A convolution over patches of RGB [dim, 3, p, p] <-> a linear map [p * p * 3, dim], channel fastest."""
-
-FUSED_LINEAR = Transform(
-    lambda *parts: np.concatenate([a.T for a in parts], axis=1),
-    lambda a: tuple(piece.T for piece in np.split(a, 3, axis=1)),
-)
-"""Three linear maps of equal size, [out, in] each <-> one, [in, 3 * out]."""
-
-FUSED_QV_BIAS = Transform(
-    lambda q, v: np.concatenate([q, np.zeros_like(q), v]), lambda a: (np.split(a, 3)[0], np.split(a, 3)[2])
-)
-"""Biases of queries and values [out] <-> one of queries, keys (zero) and values [3 * out]."""
-
-LEADING_AXIS = Transform(lambda a: a[0], lambda a: (a[None],))
-"""[1, ...] <-> [...]"""

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from svg_jax.checkpoint import FOLDER
-from svg_jax.convert import formats, kinds
+from svg_jax.convert import files, formats, kinds
 from svg_jax.convert.formats import Content, Weights
-from svg_jax.convert.kinds import DESCRIPTIONS, Model
+from svg_jax.convert.model import DESCRIPTIONS, Model
 
 CHECKPOINTS = {"params": "consolidated.00-of-01.pth", "ema": "consolidated_ema.00-of-01.pth"}  # of the release
 MODEL_ARGS = "model_args.pth"
@@ -42,7 +42,7 @@ def open_source(path: Path) -> Source:
         ValueError: It is something else, or damaged.
         ImportError: It needs PyTorch.
     """
-    formats.check_local(path)
+    files.check_local(path)
     if not path.is_dir():
         return _source(path, formats.open_file(path))
     if (path / FOLDER).is_dir():
@@ -106,6 +106,13 @@ def _transformers_folder(path: Path) -> Source:
     return dataclasses.replace(source, weights=weights, transformers=texts["config.json"], tokenizer=tokenizer)
 
 
+def joined(one: Source, other: Source) -> Source:
+    """Two files as one, where each holds a part of a model."""
+    origin = {**one.origin, "sources": [*one.origin["sources"], *other.origin["sources"]]}
+    origin["dropped"] = one.origin["dropped"] | other.origin["dropped"]
+    return dataclasses.replace(one, weights=Weights.joined([one.weights, other.weights]), origin=origin)
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
@@ -130,8 +137,8 @@ def recognise(source: Source, arguments: Mapping[str, Any] | None = None) -> Mod
     if arguments is not None:
         if not isinstance(arguments, Mapping):
             raise ValueError(f"--architecture must hold an object, {{...}}, and holds {arguments!r}")
-        halves = kind == "autoencoder" and arguments.keys() <= {"encoder", "decoder"}
-        whole = arguments.keys() & DESCRIPTIONS.keys() and not halves
+        inside = kind == "autoencoder" and arguments.keys() <= {"encoder", "decoder", "extra_vit", "resize"}
+        whole = arguments.keys() & DESCRIPTIONS.keys() and not inside
         arguments = arguments.get(str(kind)) if whole else arguments.get("model", arguments)
     try:
         return kinds.recognise(

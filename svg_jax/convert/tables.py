@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
-from svg_jax.convert.rules import (
+from svg_jax.convert.rules import Carried, Dropped, Filled, Rule, Table
+from svg_jax.convert.transforms import (
     CONV2D,
+    CONV3D,
+    FUSED_BIAS,
     FUSED_LINEAR,
     FUSED_QV_BIAS,
     LEADING_AXIS,
     LINEAR,
     PATCHES,
-    Carried,
-    Filled,
-    Rule,
-    Table,
-    below,
+    Transform,
 )
-from svg_jax.models.vit import qkv_bias_mask, rope_periods
+from svg_jax.models.vit import rope_periods
+from svg_jax.nn.blocks import qkv_bias_mask
+
+
+def _renamed(names: dict[str, str]) -> Table:
+    """Linear maps that have other names in the release."""
+    return tuple(
+        Rule(f"{theirs}.{left}", f"{ours}.{right}", transform)
+        for theirs, ours in names.items()
+        for left, right, transform in (("weight", "kernel", LINEAR), ("bias", "bias", None))
+    )
+
+
+def _norms(names: dict[str, str]) -> Table:
+    """Layer norms that have other names in the release."""
+    return tuple(
+        Rule(f"{theirs}.{left}", f"{ours}.{right}")
+        for theirs, ours in names.items()
+        for left, right in (("weight", "scale"), ("bias", "bias"))
+    )
+
 
 NEXT_DIT: Table = (
     Rule("{stack:layers|noise_refiner|context_refiner}.{i}.{path:.*norm[12]?}.weight", "{stack}.{path}.scale"),
@@ -27,12 +46,17 @@ NEXT_DIT: Table = (
 )
 """`models.next_dit`: `consolidated.*.pth`."""
 
-DECODER: Table = (
-    Rule("{path:.*norm(1|2|_out)?}.weight", "{path}.scale"),
-    Rule("{path:.+}.weight", "{path}.kernel", CONV2D),
-    Rule("{path:.+}.bias", "{path}.bias"),
-)
-"""`models.decoder`: what stands under `decoder.` in the autoencoder's checkpoint."""
+
+def _decoder(convolution: Transform) -> Table:
+    return (
+        Rule("{path:.*norm(1|2|_out)?}.weight", "{path}.scale"),
+        Rule("{path:.+}.weight", "{path}.kernel", convolution),
+        Rule("{path:.+}.bias", "{path}.bias"),
+    )
+
+
+DECODER, HY_DECODER = _decoder(CONV2D), _decoder(CONV3D)
+"""`models.decoder` and `models.decoder_hy`: what stands under `decoder.` in the autoencoder's checkpoint."""
 
 DINOV3: Table = (
     Rule("blocks.{i}.{norm:norm[12]}.weight", "blocks.{norm}.scale"),
@@ -45,16 +69,99 @@ DINOV3: Table = (
 )
 """`models.vit`: DINOv3 as torch.hub distributes it."""
 
-AUTOENCODER: Table = (
-    *below("encoder.", DINOV3),
-    *below("decoder.", DECODER),
-    Carried("loss.{path:.+}", "LPIPS and the discriminator: adversarial training in the release"),
-    Carried("extra_vit.{path:.+}", "the residual branch of Autoencoder-R"),
-    Carried("norm_vit.{name:weight|bias}", "in the files of Autoencoder-R, unused there too"),
-    Carried("mask_token", "of the residual branch of Autoencoder-R"),
-    Carried("colorize", "for pictures in the release's logs"),
+LEARNT_VIT: Table = (
+    Carried("mask_token", "for masked training"),
+    Rule("blocks.{i}.{norm:norm[12]}.weight", "blocks.{norm}.scale"),
+    Rule("blocks.{i}.{path:.+}.weight", "blocks.{path}.kernel", LINEAR),
+    Rule("blocks.{i}.{path:.+}.{name:bias|gamma}", "blocks.{path}.{name}"),
+    Rule("patch_embed.proj.weight", "patch_embed.proj.kernel", PATCHES),
+    Rule("pos_embed", "pos_embed", LEADING_AXIS),
+    Rule("register_tokens", "storage_tokens"),
+    Rule("cls_token", "cls_token"),
+    Rule("norm.weight", "norm.scale"),
+    Rule("{path:patch_embed.proj|norm}.bias", "{path}.bias"),
 )
-"""`models.autoencoder`: the `state_dict` of the Lightning checkpoint. The latent statistics are a file of their own."""
+"""`models.vit_learnt`: DINOv2 of torch.hub and the encoder of MAE's own files, which have the names of timm."""
+
+_RESIDUAL_HEAD: Table = (
+    Rule("heads.{n:0|2}.weight", "heads.{n}.kernel", LINEAR),
+    Rule("heads.{n:0|2}.bias", "heads.{n}.bias"),
+)
+_TORCHVISION_LAYER = "encoder.layers.encoder_layer_{i}"
+
+RESIDUAL: dict[str, Table] = {
+    "rope": (
+        Carried("head.{name:weight|bias}", "of a classifier, unused in the release too"),
+        Carried("freqs_t_{axis:x|y}", "rows and columns, computed here"),
+        Rule("blocks.{i}.{norm:norm[12]}.weight", "blocks.{norm}.scale"),
+        Rule("blocks.{i}.gamma_{n}", "blocks.ls{n}.gamma"),
+        Rule("blocks.{i}.{path:.+}.weight", "blocks.{path}.kernel", LINEAR),
+        Rule("blocks.{i}.{path:.+}.bias", "blocks.{path}.bias"),
+        Rule("patch_embed.proj.weight", "patch_embed.proj.kernel", PATCHES),
+        Rule("{name:cls_token|freqs}", "{name}"),
+        *_RESIDUAL_HEAD,
+        Rule("norm.weight", "norm.scale"),
+        Rule("{path:patch_embed.proj|norm}.bias", "{path}.bias"),
+    ),
+    "learnt": (
+        Rule(f"{_TORCHVISION_LAYER}.self_attention.in_proj_weight", "blocks.attn.qkv.kernel", LINEAR),
+        Rule(f"{_TORCHVISION_LAYER}.self_attention.in_proj_bias", "blocks.attn.qkv.bias"),
+        *_renamed({f"{_TORCHVISION_LAYER}.self_attention.out_proj": "blocks.attn.proj"}),
+        *_renamed({f"{_TORCHVISION_LAYER}.mlp.{n}": f"blocks.mlp.{ours}" for n, ours in ((0, "fc1"), (3, "fc2"))}),
+        *_norms({f"{_TORCHVISION_LAYER}.ln_{n}": f"blocks.norm{n}" for n in (1, 2)} | {"encoder.ln": "norm"}),
+        Rule("conv_proj.weight", "patch_embed.proj.kernel", PATCHES),
+        Rule("conv_proj.bias", "patch_embed.proj.bias"),
+        Rule("class_token", "cls_token"),
+        Rule("encoder.pos_embedding", "pos_embed", LEADING_AXIS),
+        *_RESIDUAL_HEAD,
+    ),
+}
+"""`models.residual`: what stands under `extra_vit.`, of either family (the second is torchvision's)."""
+
+DISCRIMINATOR: Table = (
+    Carried("main.{n}.num_batches_tracked", "a count that nothing reads"),
+    Rule("main.{n}.{name:running_mean|running_var|bias}", "main.{n}.{name}"),
+    Rule("main.{n:[369]|1[258]}.weight", "main.{n}.scale"),
+    Rule("main.{n}.weight", "main.{n}.kernel", CONV2D),
+)
+"""`models.discriminator`: every third module is a batch norm, but for the first and the last."""
+
+_SLICES = {1: "0|2", 2: "5|7", 3: "10|12|14", 4: "17|19|21", 5: "24|26|28"}  # convolutions of VGG16, by LPIPS's slices
+_HEADS: Table = (Rule("lin{n:[0-4]}.model.1.weight", "lin{n}.model.1.kernel", CONV2D),)
+
+
+def _vgg16(names: str) -> Table:
+    """VGG16's convolutions; `names` says what they are called, where `{slice}` is LPIPS's slice."""
+    return tuple(
+        Rule(f"{names.format(slice=k)}.{{n:{found}}}.{theirs}", f"net.slice{k}.{{n}}.{ours}", transform)
+        for k, found in _SLICES.items()
+        for theirs, ours, transform in (("weight", "kernel", CONV2D), ("bias", "bias", None))
+    )
+
+
+LPIPS_FILES: Table = (
+    *_HEADS,
+    *_vgg16("features"),
+    Dropped("classifier.{path:.+}", "VGG16's classifier, which LPIPS does not have"),
+)
+"""`models.lpips`: torchvision's VGG16 and the heads of LPIPS v0.1, two files."""
+
+LPIPS: Table = (
+    *_HEADS,
+    *_vgg16("net.slice{slice}"),
+    Carried("scaling_layer.{name:shift|scale}", "constants"),
+)
+"""`models.lpips`: under `loss.perceptual_loss.` in the autoencoder's checkpoint."""
+
+INCEPTION: Table = (
+    Carried("{path:.+}.num_batches_tracked", "a count that nothing reads"),
+    Rule("{path:.+}.conv.weight", "{path}.conv.kernel", CONV2D),
+    Rule("{path:.+}.bn.weight", "{path}.bn.scale"),
+    Rule("{path:.+}.bn.{name:bias|running_mean|running_var}", "{path}.bn.{name}"),
+    Rule("fc.weight", "fc.kernel", LINEAR),
+    Rule("fc.bias", "fc.bias"),
+)
+"""`models.inception`: `pt_inception-2015-12-05-6726825d.pth`."""
 
 
 def gemma2(prefix: str = "model.") -> Table:
@@ -81,26 +188,82 @@ def dinov3_transformers(*, gated: bool, rope_base: float = 100.0) -> Table:
     """
     mlp = {"gate_proj": "w1", "up_proj": "w2", "down_proj": "w3"} if gated else {"up_proj": "fc1", "down_proj": "fc2"}
     modules = {"attention.o_proj": "attn.proj"} | {f"mlp.{theirs}": f"mlp.{ours}" for theirs, ours in mlp.items()}
-    renamed = tuple(
-        Rule(f"layer.{{i}}.{theirs}.{left}", f"blocks.{ours}.{right}", transform)
-        for theirs, ours in modules.items()
-        for left, right, transform in (("weight", "kernel", LINEAR), ("bias", "bias", None))
-    )
     q, k, v = (f"layer.{{i}}.attention.{name}_proj" for name in "qkv")
     return (
         Rule((f"{q}.weight", f"{k}.weight", f"{v}.weight"), "blocks.attn.qkv.kernel", FUSED_LINEAR),
         Rule((f"{q}.bias", f"{v}.bias"), "blocks.attn.qkv.bias", FUSED_QV_BIAS),
         Filled("blocks.attn.qkv.bias_mask", qkv_bias_mask, "transformers has no bias on keys"),
         Filled("rope_embed.periods", lambda shape: rope_periods(shape[0], rope_base), "transformers computes it"),
-        *renamed,
-        Rule("layer.{i}.{norm:norm[12]}.weight", "blocks.{norm}.scale"),
-        Rule("layer.{i}.{norm:norm[12]}.bias", "blocks.{norm}.bias"),
+        *_renamed({f"layer.{{i}}.{theirs}": f"blocks.{ours}" for theirs, ours in modules.items()}),
+        *_norms({f"layer.{{i}}.norm{n}": f"blocks.norm{n}" for n in (1, 2)} | {"norm": "norm"}),
         Rule("layer.{i}.layer_scale{n}.lambda1", "blocks.ls{n}.gamma"),
         Rule("embeddings.patch_embeddings.weight", "patch_embed.proj.kernel", PATCHES),
         Rule("embeddings.patch_embeddings.bias", "patch_embed.proj.bias"),
         Rule("embeddings.cls_token", "cls_token"),
         Rule("embeddings.register_tokens", "storage_tokens"),
         Rule("embeddings.mask_token", "mask_token", LEADING_AXIS),
-        Rule("norm.weight", "norm.scale"),
-        Rule("norm.bias", "norm.bias"),
     )
+
+
+def _fused(q: str, k: str, v: str) -> Table:
+    """Queries, keys and values, which are one map here."""
+    return (
+        Rule((f"{q}.weight", f"{k}.weight", f"{v}.weight"), "blocks.attn.qkv.kernel", FUSED_LINEAR),
+        Rule((f"{q}.bias", f"{k}.bias", f"{v}.bias"), "blocks.attn.qkv.bias", FUSED_BIAS),
+    )
+
+
+def _embedded(projection: str, positions: Rule) -> Table:
+    return (
+        Rule(f"embeddings.{projection}.weight", "patch_embed.proj.kernel", PATCHES),
+        Rule(f"embeddings.{projection}.bias", "patch_embed.proj.bias"),
+        Rule("embeddings.cls_token", "cls_token"),
+        Rule("embeddings.register_tokens", "storage_tokens"),
+        positions,
+    )
+
+
+_LAYER, _ATTENTION = "encoder.layer.{i}", "encoder.layer.{i}.attention.attention"
+_POSITIONS = Rule("embeddings.position_embeddings", "pos_embed", LEADING_AXIS)
+_QKV = _fused(f"{_ATTENTION}.query", f"{_ATTENTION}.key", f"{_ATTENTION}.value")
+
+LEARNT_VIT_TRANSFORMERS: dict[str, Table] = {
+    "dinov2": (
+        Carried("embeddings.mask_token", "for masked training"),
+        *_embedded("patch_embeddings.projection", _POSITIONS),
+        *_QKV,
+        *_renamed({f"{_LAYER}.attention.output.dense": "blocks.attn.proj"}),
+        *_renamed({f"{_LAYER}.mlp.{name}": f"blocks.mlp.{name}" for name in ("fc1", "fc2")}),
+        *_renamed({f"{_LAYER}.mlp.weights_in": "blocks.mlp.w12", f"{_LAYER}.mlp.weights_out": "blocks.mlp.w3"}),
+        *_norms({f"{_LAYER}.norm{n}": f"blocks.norm{n}" for n in (1, 2)} | {"layernorm": "norm"}),
+        Rule(f"{_LAYER}.layer_scale{{n}}.lambda1", "blocks.ls{n}.gamma"),
+    ),
+    "mae": (
+        *_embedded("patch_embeddings.projection", _POSITIONS),
+        *_QKV,
+        *_renamed({f"{_LAYER}.attention.output.dense": "blocks.attn.proj"}),
+        *_renamed({f"{_LAYER}.intermediate.dense": "blocks.mlp.fc1", f"{_LAYER}.output.dense": "blocks.mlp.fc2"}),
+        *_norms({f"{_LAYER}.layernorm_before": "blocks.norm1", f"{_LAYER}.layernorm_after": "blocks.norm2"}),
+        *_norms({"layernorm": "norm"}),
+    ),
+    "siglip2": (
+        Carried("head.{path:.+}", "the pooling head, whose one vector no decoder reads"),
+        *_embedded("patch_embedding", Rule("embeddings.position_embedding.weight", "pos_embed")),
+        *_fused(*(f"encoder.layers.{{i}}.self_attn.{name}_proj" for name in "qkv")),
+        *_renamed({"encoder.layers.{i}.self_attn.out_proj": "blocks.attn.proj"}),
+        *_renamed({f"encoder.layers.{{i}}.mlp.fc{n}": f"blocks.mlp.fc{n}" for n in (1, 2)}),
+        *_norms({f"encoder.layers.{{i}}.layer_norm{n}": f"blocks.norm{n}" for n in (1, 2)}),
+        *_norms({"post_layernorm": "norm"}),
+    ),
+}
+"""`models.vit_learnt`: `Dinov2Model`, `ViTMAEModel` and `SiglipVisionModel` of transformers."""
+
+BESIDE: dict[str, Table] = {
+    "dinov2": (Carried("classifier.{path:.+}", "of another task"),),
+    "mae": (Carried("decoder.{path:.+}", "the decoder that MAE is trained with"),),
+    "siglip2": (
+        Carried("text_model.{path:.+}", "the text tower"),
+        Carried("{name:logit_scale|logit_bias}", "of the contrast between the two towers"),
+    ),
+}
+"""What stands beside those encoders where they are parts of whole models."""

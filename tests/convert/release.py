@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,12 +15,14 @@ from safetensors.numpy import save_file
 
 from svg_jax.checkpoint import load_params
 from svg_jax.convert.__main__ import main
-from svg_jax.convert.kinds import Model, restored
+from svg_jax.convert.kinds import restored
+from svg_jax.convert.model import Model
 from svg_jax.convert.rules import release_shapes
 from svg_jax.models.decoder import DecoderConfig
 from svg_jax.models.gemma2 import Gemma2Config
 from svg_jax.models.next_dit import NextDiTConfig
-from svg_jax.models.vit import ViTConfig, qkv_bias_mask
+from svg_jax.models.vit import ViTConfig
+from svg_jax.nn.blocks import qkv_bias_mask
 from svg_jax.nn.functional import Network, Params
 from svg_jax.parallel import make_mesh, param_shardings
 
@@ -40,6 +43,54 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "transformers": {"encoder": vars(VIT), "origin": {"layout": "transformers"}},
 }
 CARRIED = {"loss.discriminator.main.0.weight": (4, 3, 4, 4), "loss.logvar": (), "extra_vit.heads.0.weight": (8, 16)}
+WIDTHS = (2, 3, 4, 5, 6)  # of a small VGG16, whose layers are as many as the real one's
+VGG16_LAYERS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+
+
+def discriminator(channels: int = 4, layers: int = 3, seed: int = 3) -> dict[str, np.ndarray]:
+    """A patch discriminator by the names it has in the release: convolutions, and batch norms between them."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> np.ndarray:
+        return 0.1 * rng.standard_normal(shape).astype(np.float32)
+
+    widths = [3, *(channels * min(2**i, 8) for i in range(layers + 1))]
+    state = {"main.0.weight": normal(channels, 3, 4, 4), "main.0.bias": normal(channels)}
+    for i, (width, wider) in enumerate(itertools.pairwise(widths[1:])):
+        state[f"main.{3 * i + 2}.weight"] = normal(wider, width, 4, 4)
+        norm = f"main.{3 * i + 3}"
+        state |= {f"{norm}.weight": normal(wider), f"{norm}.bias": normal(wider), f"{norm}.running_mean": normal(wider)}
+        state |= {f"{norm}.running_var": 1 + normal(wider) ** 2, f"{norm}.num_batches_tracked": np.array(7 + i)}
+    last = f"main.{3 * layers + 2}"
+    return state | {f"{last}.weight": normal(1, widths[-1], 4, 4), f"{last}.bias": normal(1)}
+
+
+def lpips(slices: bool, heads: bool = True, net: bool = True, seed: int = 4) -> dict[str, np.ndarray]:
+    """LPIPS by the names it has in the release, or in the two public files."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> np.ndarray:
+        return 0.1 * rng.standard_normal(shape).astype(np.float32)
+
+    state, width = {}, 3
+    for i, (layers, wider) in enumerate(zip(VGG16_LAYERS, WIDTHS, strict=True)):
+        for layer in layers:
+            name = f"net.slice{i + 1}.{layer}" if slices else f"features.{layer}"
+            state |= {f"{name}.weight": normal(wider, width, 3, 3), f"{name}.bias": normal(wider)}
+            width = wider
+    state = state if net else {}
+    if slices:
+        state |= {f"scaling_layer.{name}": normal(1, 3, 1, 1) for name in ("shift", "scale")}
+    if heads:
+        state |= {f"lin{i}.model.1.weight": abs(normal(1, wider, 1, 1)) for i, wider in enumerate(WIDTHS)}
+    return state
+
+
+def of_loss(layers: int = 3) -> dict[str, np.ndarray]:
+    """What adversarial training leaves in an autoencoder's checkpoint; `layers` of the discriminator."""
+    parts = {"loss.discriminator.": discriminator(layers=layers), "loss.perceptual_loss.": lpips(slices=True)}
+    state = {prefix + name: value for prefix, part in parts.items() for name, value in part.items()}
+    return state | {"loss.logvar": np.float32(0.25)}
 
 
 def run(*arguments: object) -> None:

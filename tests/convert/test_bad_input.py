@@ -12,13 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
 
 from svg_jax.checkpoint import load_config, open_params
-from svg_jax.convert import formats
+from svg_jax.convert import files
 from svg_jax.convert.imports import latent_statistics
 from tests.convert import release
 from tests.convert.release import gemma_config, run, state_dict, tensors, tiny, transformers_folder
@@ -139,6 +140,14 @@ def test_what_is_no_file_of_weights(
     (tmp_path / "weights.pth").write_bytes(content)
     for command in (("inspect",), ("import", "--to", tmp_path / "in")):
         assert re.search(message, error(capsys, *command, tmp_path / "weights.pth"))
+
+
+def test_quantised_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = {"x_embedder.weight": np.ones((2, 2), ml_dtypes.float8_e4m3fn)}
+    save_file(state, tmp_path / "w.safetensors")
+    for command in (("inspect",), ("import", "--to", tmp_path / "in")):
+        message = error(capsys, *command, tmp_path / "w.safetensors")
+        assert "'x_embedder.weight' is F8_E4M3, and quantised weights are not read here" in message
 
 
 def test_a_source_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -284,6 +293,7 @@ def test_exports_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[st
         "has no params": ("autoencoder", "x.ckpt", "--part", "params"),
         "has no latent statistics": ("encoder", "x.pt", "--as", "statistics"),
         "the name of statistics must end in": ("autoencoder", "x", "--as", "statistics"),
+        "latent statistics were never given": ("autoencoder", "x.pt", "--as", "statistics"),
     }
     for message, (kind, target, *flags) in wrong.items():
         assert message in error(capsys, "export", folder / kind, "--to", tmp_path / target, *flags)
@@ -297,7 +307,7 @@ def test_statistics_that_do_not_fit_name_the_tool_that_makes_them(
     torch.save({"mean": torch.ones(2, 40), "std": torch.ones(2, 40)}, tmp_path / "s.pt")
     torch.save(tensors(state_dict(tiny("autoencoder"))), tmp_path / "a.ckpt")
     message = error(capsys, "import", tmp_path / "a.ckpt", tmp_path / "s.pt", "--to", tmp_path / "in")
-    assert "of 40 channels and the latents have 16: `python -m svg_jax.train_autoencoder` measures" in message
+    assert "of 40 channels and the latents have 16: `python -m svg_jax.latent_stats --checkpoint=" in message
     assert not (tmp_path / "in").exists()
 
 
@@ -377,10 +387,10 @@ def test_an_export_replaces_only_an_export(tmp_path: Path, capsys: pytest.Captur
 def test_a_replacement_that_was_stopped_between_its_renames_is_undone(tmp_path: Path) -> None:
     (tmp_path / ".out.before").mkdir()
     (tmp_path / ".out.before/kept").touch()
-    with pytest.raises(OSError, match="full"), formats.replacing(tmp_path / "out"):
+    with pytest.raises(OSError, match="full"), files.replacing(tmp_path / "out"):
         raise OSError("full")
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["kept"]
-    with formats.replacing(tmp_path / "out") as folder:
+    with files.replacing(tmp_path / "out") as folder:
         folder.mkdir()
     assert not list((tmp_path / "out").iterdir())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -166,7 +166,7 @@ def test_autoencoder_with_a_golden_encoder(tmp_path: Path, name: str) -> None:
     case = Case.load(name)
     vit = ViTConfig.from_release(case.config["model"])
     levels = int(np.log2(vit.patch_size)) + 1
-    decoder = DecoderConfig(vit.dim, channels=32, channel_multipliers=(1,) * levels, num_res_blocks=0)
+    decoder = DecoderConfig(z_channels=vit.dim, channels=32, channel_multipliers=(1,) * levels, num_res_blocks=0)
     model = restored({"autoencoder": {"encoder": vars(vit), "decoder": vars(decoder)}})
     state = state_dict(model) | {f"encoder.{name}": value for name, value in case.weights().items()}
     lightning(tmp_path / "a.ckpt", state)

@@ -15,7 +15,8 @@ import torch
 from safetensors.numpy import save_file
 
 from svg_jax.checkpoint import Checkpoints, load_config, load_params, open_params, save_params
-from svg_jax.convert.kinds import SIZES, kind_of, recognise, restored
+from svg_jax.convert.kinds import kind_of, recognise, restored
+from svg_jax.convert.model import SIZES
 from svg_jax.convert.rules import release_shapes
 from svg_jax.models.autoencoder import AutoencoderConfig
 from svg_jax.models.next_dit import NextDiTConfig

@@ -121,11 +121,13 @@ def test_autoencoder_with_all_that_training_needs(tmp_path: Path, capsys: pytest
     run("import", tmp_path / "in.ckpt", "--to", tmp_path)
     said = capsys.readouterr().out
     assert "dropped: epoch, optimizer_states, lr_schedulers (a training run's own state" in said
-    assert "carried for export: loss.discriminator.main.0.weight and 2 more (LPIPS and the discriminator" in said
-    assert "residual branch of Autoencoder-R" in said
+    assert "its discriminator is of another kind than those here, and only carried along" in said
+    assert "carried for export: loss.discriminator.main.0.weight and 1 more (of a loss that is not used here)" in said
+    assert "carried for export: extra_vit.heads.0.weight (of a residual branch, whose channels the decoder" in said
     saved = open_params(str(tmp_path / "autoencoder"))
-    assert set(saved["carried"]) == {name for name in state if not name.startswith(("encoder.", "decoder."))}
-    assert all(name.startswith("decoder.") for name in saved["ema"])
+    ours = ("encoder.", "decoder.", "loss.logvar")
+    assert set(saved["carried"]) == {name for name in state if not name.startswith(ours)}
+    assert all(name.startswith(ours[1:]) for name in saved["ema"])
     assert {"latents.mean", "latents.std", "encoder.cls_token"} <= set(saved["frozen"])
     run("export", tmp_path / "autoencoder", "--to", tmp_path / "out.ckpt")
     assert_same(tmp_path / "out.ckpt", state, "state_dict")

@@ -8,15 +8,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from svg_jax.convert import rules
-from svg_jax.convert.rules import CONV2D, LINEAR, Carried, Filled, Rule, Table, release_shapes, to_jax, to_release
+from svg_jax.convert import transforms
+from svg_jax.convert.rules import Carried, Filled, Rule, Table, release_shapes, to_jax, to_release
+from svg_jax.convert.transforms import CONV2D, LINEAR
 
 TABLE: Table = (
     Carried("{path:.+}.inv_freq", "computed, not learnt"),
     Filled("ones", np.ones, "the release has no such thing"),
     Rule("{stack:layers|refiner}.{i}.{norm:norm[12]}.weight", "{stack}.{norm}.scale"),
     Rule("{stack:layers|refiner}.{i}.{path:.+}.weight", "{stack}.{path}.kernel", LINEAR),
-    Rule(("head.a", "head.b", "head.c"), "head.kernel", rules.FUSED_LINEAR),
+    Rule(("head.a", "head.b", "head.c"), "head.kernel", transforms.FUSED_LINEAR),
     Rule("{path:.+}.weight", "{path}.kernel", LINEAR),
 )
 
@@ -141,14 +142,16 @@ def test_release_shapes_need_no_numbers() -> None:
     [
         ("LINEAR", [(3, 5)]),
         ("CONV2D", [(4, 3, 2, 5)]),
+        ("CONV3D", [(4, 3, 2, 5, 6)]),
         ("PATCHES", [(7, 3, 4, 4)]),
         ("FUSED_LINEAR", [(4, 5)] * 3),
+        ("FUSED_BIAS", [(4,)] * 3),
         ("FUSED_QV_BIAS", [(4,)] * 2),
         ("LEADING_AXIS", [(1, 2, 3)]),
     ],
 )
 def test_every_transform_is_inverted_exactly(name: str, shapes: list[tuple[int, ...]]) -> None:
-    transform = getattr(rules, name)
+    transform = getattr(transforms, name)
     arrays = [random(shape, seed=i) for i, shape in enumerate(shapes)]
     for before, after in zip(arrays, transform.to_release(transform.to_ours(*arrays)), strict=True):
         assert before.tobytes() == after.tobytes()
@@ -158,4 +161,4 @@ def test_convolutions_and_patches_go_where_they_belong() -> None:
     weight = random((4, 3, 2, 2))
     kernel = CONV2D.to_ours(weight)
     assert kernel[1, 0, 2, 3] == weight[3, 2, 1, 0]
-    assert rules.PATCHES.to_ours(weight)[(1 * 2 + 0) * 3 + 2, 3] == weight[3, 2, 1, 0]  # row, column, channel
+    assert transforms.PATCHES.to_ours(weight)[(1 * 2 + 0) * 3 + 2, 3] == weight[3, 2, 1, 0]  # row, column, channel
