@@ -86,6 +86,7 @@ class Encoder(nn.Module):
 
 
 def norm(channels: int) -> nn.GroupNorm:
+    """In 32 groups."""
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 

@@ -1,7 +1,7 @@
 """Autoencoder-R against Autoencoder-P on photographs, at equal steps: `python -m benchmarks.residual`.
 
-Both train on the demo's photographs as configs/tiny_autoencoder_photographs.py says, without weights from elsewhere, and
-are compared on crops of photographs of which they saw no pixel.
+Both train on the demo's photographs as configs/tiny_autoencoder_photographs.py says, without weights from elsewhere,
+and are compared on crops of photographs of which they saw no pixel.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from data_pipelines.photographs import PHOTOGRAPHS, write_photographs
 from data_pipelines.sources import open_source
 from svg_jax.autoencoder_steps import reconstruct
 from svg_jax.demo import ENVIRONMENT
-from svg_jax.evaluate.networks import find_autoencoder, load_autoencoder
+from svg_jax.loading import find_autoencoder, open_autoencoder
 from svg_jax.parallel import make_mesh
 
 SIDE = 64  # pixels of the crops that are judged
@@ -54,7 +54,7 @@ def main() -> None:
     for kind in ("p", "r"):
         workdir = options.out / kind
         train(kind, workdir, photographs.parent / "train.jsonl", options.steps)
-        loaded = load_autoencoder(*find_autoencoder(str(workdir)), make_mesh({"fsdp": -1}), match=MATCH[kind])
+        loaded = open_autoencoder(*find_autoencoder(str(workdir)), make_mesh({"fsdp": -1}), match=MATCH[kind])
         drawn = np.asarray(jax.jit(lambda p, x, n=loaded.network: reconstruct(n, p, x))(loaded.params, crops))
         pictures.append(drawn)
         error = (drawn.astype(np.float64) - crops) / 255.0

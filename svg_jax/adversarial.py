@@ -150,6 +150,7 @@ def discriminator_loss(
 
 def adaptive_weight(nll: Float[Array, "..."], generator: Float[Array, "..."], disc_weight: float) -> Float[Array, ""]:
     """disc_weight * min(|nll| / (|generator| + 1e-4), 1e4), of the gradients of both by the last kernel."""
+    nll, generator = nll.astype(jnp.float32), generator.astype(jnp.float32)
     ratio = jnp.sqrt(jnp.sum(jnp.square(nll))) / (jnp.sqrt(jnp.sum(jnp.square(generator))) + 1e-4)
     return disc_weight * jnp.clip(ratio, 0.0, LARGEST_WEIGHT)
 
@@ -236,6 +237,7 @@ def game(
 
     def logits(trained: Params, images: Array) -> tuple[Array, Any]:
         discriminator = network({**params, **trained}).discriminator
+        assert discriminator is not None, "a loss without a discriminator has no game"
         return discriminator(images, valid, train=train, per_image=config.convention == "list")
 
     fake, pull_fake, of_fake = jax.vjp(logits, trained, y, has_aux=True)

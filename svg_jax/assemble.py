@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 from etils import epath
-from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
 from data_pipelines.images import crop_sizes
 from data_pipelines.text import Tokenizer, full_prompt
-from svg_jax.adversarial import AutoencoderLoss, LossConfig, check_perceptual_weights
-from svg_jax.autoencoder_steps import LOSS, AutoencoderNetworks
-from svg_jax.checkpoint import load_config, load_params, open_params
+from svg_jax.adversarial import AutoencoderLoss, LossConfig
+from svg_jax.autoencoder_steps import AutoencoderNetworks
+from svg_jax.checkpoint import load_config
 from svg_jax.config import check_numbers, flatten, from_config
 from svg_jax.flow.names import lookup
 from svg_jax.flow.solvers import SOLVERS
@@ -28,20 +23,14 @@ from svg_jax.models.encoders import encoder_config
 from svg_jax.models.gemma2 import Gemma2, Gemma2Config
 from svg_jax.models.next_dit import NextDiT, NextDiTConfig
 from svg_jax.models.residual import ResidualConfig
-from svg_jax.models.stand_in import with_cosine_patches
-from svg_jax.models.vit import ViTConfig
 from svg_jax.nn.attention import BACKENDS
-from svg_jax.nn.functional import Network, Params
+from svg_jax.nn.functional import Network
 from svg_jax.nn.stack import REMAT
-from svg_jax.parallel import param_shardings
-from svg_jax.state import TrainState, adamw, learning_rate, state_shardings
-from svg_jax.steps import Frozen, Networks
+from svg_jax.state import adamw, learning_rate
+from svg_jax.steps import Networks
 
 logger = logging.getLogger("svg_jax")
 
-Shapes = Mapping[str, jax.ShapeDtypeStruct]
-
-LPIPS, DISCRIMINATOR = LOSS + "perceptual_loss.", LOSS + "discriminator."
 DTYPES = {"float32": None, "bfloat16": None, "float16": None}
 
 
@@ -192,22 +181,6 @@ def _section(workdir: str, name: str) -> dict[str, Any]:
     return config[name]
 
 
-def in_compute_type(network: Network[Any], dtypes: dict[str, str]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a network that is not trained: kernels are held in the type that each use would cast them to.
-
-    Args:
-        network: The network.
-        dtypes: Compute type by the beginning of a parameter's name.
-    """
-
-    def held(name: str, shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        cast = [dtype for prefix, dtype in dtypes.items() if name.startswith(prefix)]
-        kernel = name.endswith((".kernel", ".embedding"))
-        return jax.ShapeDtypeStruct(shape.shape, jnp.dtype(cast[0]) if cast and kernel else shape.dtype)
-
-    return {name: held(name, shape) for name, shape in network.shapes.items()}
-
-
 def check_tokenizer(config: ConfigDict, tokenizer: Tokenizer) -> None:
     """Tokeniser and text encoder must be of one model.
 
@@ -328,130 +301,3 @@ def optimiser(config: ConfigDict) -> optax.GradientTransformation:
     names = ("lr", "schedule", "warmup_steps")
     schedule = learning_rate(num_train_steps=config.num_train_steps, **{name: values[name] for name in names})
     return adamw(schedule, **{name: values[name] for name in ("b1", "b2", "eps", "weight_decay", "clip", "mu_dtype")})
-
-
-def placed(state: TrainState, params: dict[str, NamedSharding], mesh: Mesh, *, ema_on_host: bool) -> TrainState:
-    """An abstract state with the shardings that jit and a restore are told."""
-    at = state_shardings(state, params, mesh, ema_memory_kind="pinned_host" if ema_on_host else None)
-    return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), state, at)
-
-
-def shardings(network: Network[Any] | AutoencoderNetworks, mesh: Mesh) -> dict[str, NamedSharding]:
-    """Where each parameter of a network lives."""
-    return param_shardings(network.shapes, network.axes, mesh)
-
-
-def fresh(network: Network[Any], mesh: Mesh, key: Key[Array, ""]) -> Params:
-    """New parameters, each made where it lives."""
-    return jax.jit(network.init, out_shardings=shardings(network, mesh))(key)
-
-
-def frozen(config: ConfigDict, networks: Networks, mesh: Mesh) -> Frozen:
-    """Autoencoder and text encoder from their checkpoints, or the documented stand-ins where none are named."""
-    dtypes = {"": config.text.encoder.dtype}
-    return Frozen(
-        autoencoder=load_autoencoder(config.autoencoder, networks.autoencoder, mesh),
-        text=_loaded(networks.text, config.text.checkpoint, dtypes, mesh, "text encoder", "config.text.checkpoint"),
-    )
-
-
-def load_autoencoder(section: ConfigDict, network: Network[Autoencoder], mesh: Mesh, *, trains: bool = False) -> Params:
-    """Of the checkpoint that `config.autoencoder` names, or the stand-in.
-
-    A checkpoint of a vision model alone, as `svg_jax.convert import` makes one, gives the encoder; the rest is new then.
-
-    Args:
-        section: `config.autoencoder`.
-        network: What it describes.
-        mesh: Where it goes.
-        trains: Whether more than the encoder is kept in float32, to be trained.
-    """
-    if section.checkpoint and load_config(section.checkpoint).get("kind") == "encoder":
-        return _with_encoder(section.checkpoint, network, mesh)
-    dtypes = compute_types(section, ("encoder",) if trains else ("encoder", "residual"))
-    key = "config.autoencoder.checkpoint"
-    params = _loaded(network, section.checkpoint, dtypes, mesh, "autoencoder", key)
-    if section.checkpoint or section.encoder.get("family", "dinov3") != "dinov3":
-        return params
-    params = with_cosine_patches(params, from_config(ViTConfig, section.encoder), "encoder.")
-    return jax.device_put(params, shardings(network, mesh))
-
-
-def compute_types(section: ConfigDict, parts: Sequence[str]) -> dict[str, str]:
-    """Compute type by the beginning of a parameter's name, for parts of `config.autoencoder`."""
-    prefixes = {"encoder": "encoder.", "residual": "extra_vit.", "decoder": "decoder."}
-    return {prefixes[part]: section[part].dtype for part in parts if section.get(part)}
-
-
-def begin_autoencoder(config: ConfigDict, networks: AutoencoderNetworks, mesh: Mesh) -> Params:
-    """What a run of `svg_jax.train_autoencoder` begins with.
-
-    The autoencoder is that of `config.init_from`, else of `config.autoencoder.checkpoint`, else the stand-in. The networks of
-    its loss are those beside it, where there are such; else the discriminator is new, which is said, and LPIPS comes
-    from `config.loss.lpips`.
-
-    Raises:
-        FileNotFoundError: There is no such checkpoint.
-        ValueError: It is of another architecture, or there are no weights for LPIPS.
-    """
-    network, source = networks.autoencoder, config.init_from or config.autoencoder.checkpoint
-    if config.init_from:
-        params = load_params(config.init_from, network.shapes, shardings(network, mesh), select=_is_model)
-    else:
-        params = load_autoencoder(config.autoencoder, network, mesh, trains=True)
-    shapes = {LOSS + name: shape for name, shape in networks.loss.shapes.items()}
-    places = {LOSS + name: place for name, place in shardings(networks.loss, mesh).items()}
-    saved = {name for part in open_params(source).values() for name in part} if source else set()
-    known = {name for name in shapes if name in saved}
-    lpips = [name for name in shapes if name.startswith(LPIPS)]
-    loss = {LOSS + n: value for n, value in fresh(networks.loss, mesh, jax.random.key(config.seed)).items()}
-    if not known.issuperset(lpips):
-        loss |= _load_lpips(config, {name: shapes[name] for name in lpips}, places)
-    discriminator = {name for name in shapes if name.startswith(DISCRIMINATOR)}
-    if source and discriminator - known:
-        logger.warning("%s has no discriminator: training begins with a new one", source)
-        known -= discriminator
-    if source and known:
-        wanted = {name: shapes[name] for name in known}
-        loss |= load_params(source, wanted, {name: places[name] for name in known}, select=known.__contains__)
-    return params | loss
-
-
-def _load_lpips(config: ConfigDict, shapes: Shapes, places: Mapping[str, NamedSharding]) -> Params:
-    """LPIPS of the workdir that `config.loss.lpips` names."""
-    workdir, sizes = config.loss.lpips, loss_config(config.loss)
-    if workdir is None:
-        check_perceptual_weights(sizes, (), "config.loss.lpips, which is not set,")
-    about = load_config(workdir)
-    if about.get("kind") != "lpips" or "lacks" in about:
-        check_perceptual_weights(sizes, (), f"config.loss.lpips={workdir}")
-    short = {name.removeprefix(LPIPS): name for name in shapes}
-    params = load_params(
-        workdir, {n: shapes[name] for n, name in short.items()}, {n: places[name] for n, name in short.items()}
-    )
-    return {short[name]: value for name, value in params.items()}
-
-
-def _is_model(name: str) -> bool:
-    """Whether a parameter of a run is the autoencoder's, and not of its loss."""
-    return not name.startswith(LOSS)
-
-
-def _with_encoder(checkpoint: str, network: Network[Autoencoder], mesh: Mesh) -> Params:
-    prefix, places = "encoder.", shardings(network, mesh)
-    names = {name.removeprefix(prefix): name for name in network.shapes if name.startswith(prefix)}
-    encoder = load_params(
-        checkpoint,
-        {short: network.shapes[name] for short, name in names.items()},
-        {short: places[name] for short, name in names.items()},
-    )
-    return fresh(network, mesh, jax.random.key(0)) | {names[short]: value for short, value in encoder.items()}
-
-
-def _loaded(
-    network: Network[Any], checkpoint: str | None, dtypes: dict[str, str], mesh: Mesh, what: str, key: str
-) -> Params:
-    if checkpoint:
-        return load_params(checkpoint, in_compute_type(network, dtypes), shardings(network, mesh), select=_is_model)
-    logger.warning("no weights given for the %s: using a random stand-in, for trying things out (--%s)", what, key)
-    return fresh(network, mesh, jax.random.key(0))

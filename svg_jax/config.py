@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
@@ -43,6 +44,16 @@ def one_sentence(*kinds: type[Exception]) -> Iterator[None]:
         logging.getLogger("svg_jax").debug("what led to the error below", exc_info=True)
         distributed.failed(str(error))
         raise SystemExit(f"error: {error}") from error
+
+
+def parse_shard(text: str | None) -> tuple[int, int]:
+    """(this share, number of shares) of `I/N`; by default this process's among all."""
+    if text is None:
+        return jax.process_index(), jax.process_count()
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise ValueError(f"--shard '{text}' is not I/N with I from 0 to below N, as in 0/4")
+    return int(found[1]), int(found[2])
 
 
 def check_numbers(config: ConfigDict, *, positive: Sequence[str], not_negative: Sequence[str]) -> None:

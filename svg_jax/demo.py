@@ -36,7 +36,7 @@ from svg_jax import assemble
 from svg_jax.autoencoder_steps import reconstruct
 from svg_jax.checkpoint import load_config
 from svg_jax.config import one_sentence
-from svg_jax.evaluate.networks import find_autoencoder, load_autoencoder
+from svg_jax.loading import find_autoencoder, open_autoencoder
 from svg_jax.parallel import make_mesh
 from svg_jax.pipeline import SVGPipeline
 
@@ -171,7 +171,7 @@ class Demo:
     def reconstruct(self, pictures: list[np.ndarray]) -> list[np.ndarray]:
         """Pictures of one square size through encoder and decoder."""
         mesh = make_mesh({"fsdp": -1})
-        loaded = load_autoencoder(*find_autoencoder(str(self.out / "autoencoder")), mesh)
+        loaded = open_autoencoder(*find_autoencoder(str(self.out / "autoencoder")), mesh)
         draw = jax.jit(lambda params, images: reconstruct(loaded.network, params, images))
         return list(np.asarray(draw(loaded.params, np.stack(pictures))))
 

@@ -31,7 +31,7 @@ from svg_jax.autoencoder_steps import Batch, Moments, update_moments
 from svg_jax.checkpoint import load_config, open_params, save_params
 from svg_jax.config import one_sentence
 from svg_jax.convert import formats
-from svg_jax.evaluate.networks import Loaded, find_autoencoder, load_autoencoder
+from svg_jax.loading import Loaded, find_autoencoder, open_autoencoder
 from svg_jax.loop import device_batch
 from svg_jax.models.autoencoder import AutoencoderConfig
 from svg_jax.nn.functional import Network, Params
@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
         check_batch(options.batch_size, 1, mesh)
         source = open_source(options.data, options.root)
         workdir, section = find_autoencoder(options.checkpoint)
-        loaded = load_autoencoder(workdir, section, mesh, ema=options.ema, dtype=options.dtype, match=options.match)
+        loaded = open_autoencoder(workdir, section, mesh, ema=options.ema, dtype=options.dtype, match=options.match)
         sizes = assemble.autoencoder_config(section)
         batches = GridBatches(
             source,

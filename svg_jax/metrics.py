@@ -62,7 +62,7 @@ def image_grid(images: Pictures, columns: int, padding: int = 2) -> UInt8[np.nda
     return grid
 
 
-def compared(before: Pictures, after: Pictures, gain: int = 4) -> list[UInt8[np.ndarray, "height 3*width 3"]]:
+def side_by_side(before: Pictures, after: Pictures, gain: int = 4) -> list[UInt8[np.ndarray, "height 3*width 3"]]:
     """Rows of a picture, its reconstruction, and how they differ, `gain` times so that an eye sees it."""
     rows = []
     for one, other in zip(before, after, strict=True):

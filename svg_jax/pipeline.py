@@ -27,7 +27,7 @@ from PIL import Image
 from data_pipelines.enhancement import GENERATION, clean_enhancement, enhancement_request
 from data_pipelines.images import crop, patchify, to_rgb
 from data_pipelines.text import Tokenizer, full_prompt, load_tokenizer, pad_tokens
-from svg_jax import assemble
+from svg_jax import assemble, loading
 from svg_jax.checkpoint import load_params, newest_step
 from svg_jax.flow.solvers import Solver, check_num_steps
 from svg_jax.nn.functional import Params
@@ -203,11 +203,11 @@ class SVGPipeline:
         with explained_out_of_memory():
             params = load_params(
                 workdir,
-                assemble.in_compute_type(networks.dit, {"": config.model.dtype}),
-                assemble.shardings(networks.dit, mesh),
+                loading.in_compute_type(networks.dit, {"": config.model.dtype}),
+                loading.shardings(networks.dit, mesh),
                 parts=("ema" if ema else "params", "frozen"),
             )
-            frozen = assemble.frozen(config, networks, mesh)
+            frozen = loading.frozen(config, networks, mesh)
         pipe = cls(config, networks, params, frozen, mesh, tokens)
         folders = {"checkpoint": workdir, "autoencoder": config.autoencoder.checkpoint}
         folders |= {"text_encoder": config.text.checkpoint, "tokenizer": config.text.tokenizer}

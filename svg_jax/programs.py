@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from data_pipelines.images import token_budget
-from svg_jax import assemble
+from svg_jax import assemble, loading
 from svg_jax.adversarial import LossConfig
 from svg_jax.autoencoder_steps import AutoencoderNetworks, autoencoder_step, is_trained_in_run
 from svg_jax.chips import compiler_options
@@ -102,8 +102,8 @@ def train_program(config: ConfigDict, mesh: Mesh) -> Training[Networks]:
     )
     train_key = jax.random.split(jax.random.key(config.seed))[1]
     create = functools.partial(TrainState.create, optimiser=optimiser, key=train_key)
-    params_at = assemble.shardings(networks.dit, mesh)
-    state = assemble.placed(
+    params_at = loading.shardings(networks.dit, mesh)
+    state = loading.placed(
         jax.eval_shape(create, networks.dit.shapes), params_at, mesh, ema_on_host=config.optim.ema_on_host
     )
     batch = abstract_batch(config.batch_size, image_tokens, text_tokens, 3 * patch_size**2)
@@ -136,8 +136,8 @@ def autoencoder_program(config: ConfigDict, mesh: Mesh) -> Training[AutoencoderN
     tokens = token_budget(side, sizes.patch_size)
     optimiser = assemble.optimiser(config)
     create = functools.partial(_autoencoder_state, sizes=sizes, loss=loss, optimiser=optimiser, seed=config.seed)
-    params_at = assemble.shardings(networks, mesh)
-    state = assemble.placed(
+    params_at = loading.shardings(networks, mesh)
+    state = loading.placed(
         jax.eval_shape(create, networks.shapes), params_at, mesh, ema_on_host=config.optim.ema_on_host
     )
     batch = {
@@ -178,7 +178,7 @@ def sample_program(config: ConfigDict, mesh: Mesh) -> Program:
         return decode_latents(networks.autoencoder, frozen["autoencoder"], z, grid=grid)
 
     rows = batch_sharding(mesh)
-    held = assemble.in_compute_type(networks.dit, {"": config.model.dtype})
+    held = loading.in_compute_type(networks.dit, {"": config.model.dtype})
     integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32, sharding=rows)
     key = jax.eval_shape(lambda: jax.random.key(0))
     model, autoencoder, text = sizes_of(config)
@@ -187,7 +187,7 @@ def sample_program(config: ConfigDict, mesh: Mesh) -> Program:
     return Program(
         draw,
         (
-            _placed(held, assemble.shardings(networks.dit, mesh)),
+            _placed(held, loading.shardings(networks.dit, mesh)),
             abstract_frozen(config, networks, mesh, decodes=True),
             integers((2 * batch, length)),
             integers((2 * batch,)),
@@ -235,7 +235,7 @@ def abstract_batch(size: int, image_tokens: int, text_tokens: int, pixels: int) 
 
 
 def abstract_frozen(config: ConfigDict, networks: Networks, mesh: Mesh, *, decodes: bool = False) -> Frozen:
-    """The frozen networks as `assemble.frozen` loads them from checkpoints.
+    """The frozen networks as `loading.frozen` loads them from checkpoints.
 
     Args:
         config: The config.
@@ -244,10 +244,10 @@ def abstract_frozen(config: ConfigDict, networks: Networks, mesh: Mesh, *, decod
         decodes: Whether the decoder is held in its compute type too, as for drawing.
     """
     parts = ("encoder", "residual", "decoder") if decodes else ("encoder", "residual")
-    autoencoder = assemble.compute_types(config.autoencoder, parts)
+    autoencoder = loading.compute_types(config.autoencoder, parts)
 
     def shapes(network: Network[Any], dtypes: dict[str, str]) -> Params:
-        return _placed(assemble.in_compute_type(network, dtypes), assemble.shardings(network, mesh))
+        return _placed(loading.in_compute_type(network, dtypes), loading.shardings(network, mesh))
 
     return Frozen(
         autoencoder=shapes(networks.autoencoder, autoencoder),

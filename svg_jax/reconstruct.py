@@ -28,8 +28,8 @@ from svg_jax import assemble, distributed
 from svg_jax.autoencoder_steps import reconstruct
 from svg_jax.config import one_sentence
 from svg_jax.evaluate.image_metrics import psnr
-from svg_jax.evaluate.networks import find_autoencoder, load_autoencoder
-from svg_jax.evaluate.reconstruction import GAIN
+from svg_jax.loading import find_autoencoder, open_autoencoder
+from svg_jax.metrics import side_by_side
 from svg_jax.models.autoencoder import Autoencoder, to_uint8
 from svg_jax.models.decoder import decode_in_tiles
 from svg_jax.nn.functional import Network, Params
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
         if match is None and section.get("residual"):
             match = "per_image"
             logger.info("residual latents are matched per image, each picture alone; --match=batch is as in training")
-        loaded = load_autoencoder(workdir, section, mesh, ema=options.ema, dtype=options.dtype, match=match)
+        loaded = open_autoencoder(workdir, section, mesh, ema=options.ema, dtype=options.dtype, match=match)
         patch = assemble.autoencoder_config(section).patch_size
         sizes = None
         if options.resolution is not None:
@@ -179,9 +179,8 @@ def compare(
 
 
 def save(folder: epath.Path, name: str, before: Pixels, after: Pixels) -> None:
-    """The reconstruction, and the row of input, reconstruction and difference (times `GAIN`)."""
-    difference = np.abs(before.astype(np.int16) - after.astype(np.int16)) * GAIN
-    row = np.concatenate([before, after, np.minimum(difference, 255).astype(np.uint8)], axis=1)
+    """The reconstruction, and the row of input, reconstruction and difference."""
+    (row,) = side_by_side([before], [after])
     for kind, pixels in (("reconstructions", after), ("side_by_side", row)):
         file = folder / kind / f"{name}.png"
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -8,12 +8,11 @@ import logging
 import re
 from typing import Any
 
-import jax
 from tqdm import tqdm
 
 from data_pipelines.prompts import read_prompts
 from data_pipelines.text import SYSTEM_PROMPTS
-from svg_jax.config import one_sentence
+from svg_jax.config import one_sentence, parse_shard
 from svg_jax.flow.solvers import LAST_STEPS, SOLVERS, Solver
 from svg_jax.pipeline import Job, Settings, SVGPipeline
 from svg_jax.samples import SampleFolder
@@ -123,16 +122,6 @@ def parse_size(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(?:\d+:)?(\d+)x(\d+)", text.strip())
     if not found:
         raise ValueError(f"--resolution '{text}' is not WIDTHxHEIGHT, as in 1440x720")
-    return int(found[1]), int(found[2])
-
-
-def parse_shard(text: str | None) -> tuple[int, int]:
-    """(this share, number of shares) of `I/N`; by default this host's among all."""
-    if text is None:
-        return jax.process_index(), jax.process_count()
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not found or int(found[1]) >= int(found[2]):
-        raise ValueError(f"--shard '{text}' is not I/N with I from 0 to below N, as in 0/4")
     return int(found[1]), int(found[2])
 
 

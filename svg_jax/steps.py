@@ -133,10 +133,10 @@ def update(
 ) -> tuple[TrainState, Metrics]:
     """Applies the gradient, unless it or the loss is not finite: then the step is skipped.
 
-    `valid` says which slots of the batch hold an image. `frozen` are new values of what is kept without a gradient, such
-    as running statistics. The metrics are what `svg_jax.guards` judges, over the global batch and so the same on every process. A finite norm
-    says that every entry of the gradient is finite, and its square too; so no parameter, moment or average ever takes a
-    value that is not.
+    `valid` says which slots of the batch hold an image. `frozen` are new values of what is kept without a gradient,
+    such as running statistics. The metrics are what `svg_jax.guards` judges, over the global batch and so the same on
+    every process. A finite norm says that every entry of the gradient is finite, and its square too; so no parameter,
+    moment or average ever takes a value that is not.
     """
     norm = optax.tree.norm(grads)  # clipping asks for the same, and XLA computes it once
     healthy = jnp.isfinite(loss) & jnp.isfinite(norm)

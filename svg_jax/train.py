@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from data_pipelines.batches import TextToImageBatches, make_loader
 from data_pipelines.sources import open_source
 from data_pipelines.text import load_tokenizer
-from svg_jax import assemble, distributed
+from svg_jax import assemble, distributed, loading
 from svg_jax import config as doors
 from svg_jax.checkpoint import Checkpoints, load_config, load_params
 from svg_jax.guards import STOPPED
@@ -68,11 +68,11 @@ def main(config: ConfigDict, workdir: str) -> None:
             logger.info("resuming after step %d", int(state.step))
         else:
             if config.init_from:
-                params = load_params(config.init_from, networks.dit.shapes, assemble.shardings(networks.dit, mesh))
+                params = load_params(config.init_from, networks.dit.shapes, loading.shardings(networks.dit, mesh))
             else:
-                params = assemble.fresh(networks.dit, mesh, jax.random.split(jax.random.key(config.seed))[0])
+                params = loading.fresh(networks.dit, mesh, jax.random.split(jax.random.key(config.seed))[0])
             state = jax.jit(program.create, out_shardings=shardings_of(program.state), donate_argnums=0)(params)
-        frozen = assemble.frozen(config, networks, mesh)
+        frozen = loading.frozen(config, networks, mesh)
         pipeline = SVGPipeline(config, networks, state.ema, frozen, mesh, tokenizer)
 
         start = int(state.step)

@@ -19,13 +19,13 @@ from ml_collections import ConfigDict
 from data_pipelines.batches import make_loader
 from data_pipelines.grids import GridBatches
 from data_pipelines.sources import open_source
-from svg_jax import assemble, distributed
+from svg_jax import assemble, distributed, loading
 from svg_jax import config as doors
 from svg_jax.autoencoder_steps import Moments, reconstruct, update_moments
 from svg_jax.checkpoint import Checkpoints, load_config
 from svg_jax.guards import STOPPED
 from svg_jax.loop import device_batch, fit
-from svg_jax.metrics import MetricWriter, compared
+from svg_jax.metrics import MetricWriter, side_by_side
 from svg_jax.models.autoencoder import Autoencoder
 from svg_jax.nn.functional import Network, Params
 from svg_jax.parallel import make_mesh, replicated, shardings_of
@@ -75,7 +75,7 @@ def main(config: ConfigDict, workdir: str) -> None:
             logger.info("resuming after step %d", int(state.step))
         else:
             with doors.one_sentence():
-                params = assemble.begin_autoencoder(config, program.networks, mesh)
+                params = loading.begin_autoencoder(config, program.networks, mesh)
                 params |= measure({name: params[name] for name in network.shapes})
             state = jax.jit(program.create, out_shardings=shardings_of(program.state), donate_argnums=0)(params)
         trained = sum(value.size for value in state.params.values())
@@ -95,7 +95,7 @@ def main(config: ConfigDict, workdir: str) -> None:
 
         def draw(state: TrainState) -> list[np.ndarray]:
             before, after = jax.device_get(draw_all(model_of(state), examples))
-            return compared(before[:PICTURES, : after.shape[1], : after.shape[2]], after[:PICTURES])
+            return side_by_side(before[:PICTURES, : after.shape[1], : after.shape[2]], after[:PICTURES])
 
         def finish(state: TrainState) -> TrainState:
             """The latents have changed if the residual branch has."""

@@ -266,6 +266,36 @@ def test_formulas() -> None:
     assert_close(factors, expected, 1e-5, "factor")
 
 
+def test_the_list_convention_is_the_batch_convention_image_by_image() -> None:
+    """Gradients are means over images; running statistics take all generator passes first, then image by image."""
+    (x, features), *_ = pairs("tensor")
+    y, valid = last_layer(kernel(), features), jnp.ones((len(x),), bool)
+    alone = LossConfig(disc_channels=case().config["disc"]["ndf"], disc_num_layers=case().config["disc"]["n_layers"])
+    run = {
+        convention: jax.jit(functools.partial(game, network_of(config), config=config))
+        for convention in ("batch", "list")
+        for config in [dataclasses.replace(alone, convention=convention, perceptual_weight=0.0)]
+    }
+    found = run["list"](params(), x=x, y=y, valid=valid)
+    one_by_one = [run["batch"](params(), x=x[i : i + 1], y=y[i : i + 1], valid=valid[:1]) for i in range(len(x))]
+    ones = [1] * len(x)
+    assert_close(found.generator, mean([one.generator for one in one_by_one], ones), 1e-5)
+    assert_close(found.discriminator, mean([one.discriminator for one in one_by_one], ones), 1e-5)
+    assert_close(found.by_pixels * len(x), jnp.concatenate([one.by_pixels for one in one_by_one]), 1e-4)
+    for name, gradient in found.by_params.items():
+        if "bias" not in name:  # that of the last bias all but vanishes
+            assert_close(gradient, mean([one.by_params[name] for one in one_by_one], ones), 1e-4, name)
+
+    old = {name.removeprefix("discriminator."): value for name, value in params().items()}
+    network = network_of(dataclasses.replace(alone, perceptual_weight=0.0))
+    discriminate = jax.jit(lambda params, images: network(params).discriminator(images, per_image=True)[1])
+    real, fake = ([discriminate(params(), images[i : i + 1]) for i in range(len(x))] for images in (x, y))
+    for passes in [[of] for of in fake] + [list(both) for both in zip(real, fake, strict=True)]:
+        old |= running_statistics(old, passes)
+    for name, value in found.running.items():
+        assert_close(value, old[name.removeprefix("discriminator.")], 1e-5, name)
+
+
 def test_mean_reduction_divides_by_the_numbers_of_an_image() -> None:
     x, y = (jnp.asarray(np.random.default_rng(i).normal(size=(2, 4, 3, 3)), jnp.float32) for i in range(2))
     lpips, logvar = jnp.array([0.5, 0.25]), jnp.float32(0.3)

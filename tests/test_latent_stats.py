@@ -19,7 +19,7 @@ from svg_jax import latent_stats
 from svg_jax.checkpoint import load_config, open_params, save_params
 from svg_jax.convert.formats import open_file
 from svg_jax.convert.imports import latent_statistics
-from svg_jax.evaluate.networks import find_autoencoder, load_autoencoder
+from svg_jax.loading import find_autoencoder, open_autoencoder
 from svg_jax.parallel import make_mesh
 from tests.tiny_autoencoders import PLAIN, RESIDUAL, network_of, write_autoencoder, write_pictures
 
@@ -87,7 +87,7 @@ def test_a_residual_autoencoder_gets_those_of_all_its_channels(
     assert "without the 4 channels of the residual branch" in capsys.readouterr().out
 
     assert load_config(str(tmp_path / "new")) == load_config(str(folder / "residual"))
-    loaded = load_autoencoder(*find_autoencoder(str(tmp_path / "new")), make_mesh({"fsdp": 1}, jax.devices()[:1]))
+    loaded = open_autoencoder(*find_autoencoder(str(tmp_path / "new")), make_mesh({"fsdp": 1}, jax.devices()[:1]))
     for name, value in loaded.params.items():
         before = measured if name.startswith("latents.") else weights
         np.testing.assert_array_equal(np.asarray(value), before[name], err_msg=name)

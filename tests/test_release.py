@@ -15,7 +15,7 @@ from PIL import Image
 
 from configs import autoencoder_base
 from data_pipelines.text import train_word_tokenizer
-from svg_jax import assemble, sample, train_autoencoder
+from svg_jax import assemble, loading, sample, train_autoencoder
 from svg_jax.checkpoint import load_config
 from svg_jax.convert.kinds import restored
 from svg_jax.convert.model import Model
@@ -100,7 +100,7 @@ def test_a_vision_model_alone_begins_an_autoencoder(tmp_path: Path) -> None:
     section.checkpoint = str(tmp_path / "encoder")
     sizes = assemble.autoencoder_config(section)
     network = Network(lambda rngs: Autoencoder(sizes, rngs=rngs))
-    params = assemble.load_autoencoder(section, network, make_mesh({"fsdp": -1}))
+    params = loading.load_autoencoder(section, network, make_mesh({"fsdp": -1}))
     assert params.keys() == network.shapes.keys()
     assert_close(params["encoder.norm.scale"], state["norm.weight"], 1e-7)
     assert float(jax.numpy.std(params["decoder.conv_in.kernel"])) > 0
@@ -109,7 +109,7 @@ def test_a_vision_model_alone_begins_an_autoencoder(tmp_path: Path) -> None:
     sizes_of_wrong = assemble.autoencoder_config(wrong)
     other = Network(lambda rngs: Autoencoder(sizes_of_wrong, rngs=rngs))
     with pytest.raises(ValueError, match=r"another architecture: shapes differ: blocks\."):
-        assemble.load_autoencoder(wrong, other, make_mesh({"fsdp": -1}))
+        loading.load_autoencoder(wrong, other, make_mesh({"fsdp": -1}))
 
 
 def lightning(path: Path, config: AutoencoderConfig, loss: dict[str, np.ndarray]) -> None:

@@ -23,7 +23,7 @@ from data_pipelines.batches import TextToImageBatches
 from data_pipelines.scenes import write_scenes
 from data_pipelines.sources import open_source
 from data_pipelines.text import ByteTokenizer
-from svg_jax import assemble, programs, sample, train, train_autoencoder
+from svg_jax import assemble, loading, programs, sample, train, train_autoencoder
 from svg_jax.loop import device_batch
 from svg_jax.nn.functional import Network
 from svg_jax.parallel import make_mesh, shardings_of
@@ -135,9 +135,9 @@ def losses_by_mesh(data: Path) -> dict[str, tuple[list[float], TrainState, Any]]
     for sizes in MESHES:
         mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
         program = programs.train_program(config, mesh)
-        params = assemble.fresh(program.networks.dit, mesh, jax.random.key(0))
+        params = loading.fresh(program.networks.dit, mesh, jax.random.key(0))
         state = jax.jit(program.create, out_shardings=shardings_of(program.state))(params)
-        frozen = assemble.frozen(config, program.networks, mesh)
+        frozen = loading.frozen(config, program.networks, mesh)
         with jax.set_mesh(mesh):
             step = program.jit()
             losses = []

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from svg_jax.checkpoint import FOLDER, load_config, open_params
-from svg_jax.convert import files, kinds
+from svg_jax.convert import kinds
+from svg_jax.convert.files import check_local
 from svg_jax.convert.model import DESCRIPTIONS, Model
 from svg_jax.convert.rules import carried, dropped
 from svg_jax.convert.sources import DROPPED, open_source
@@ -20,7 +21,7 @@ def inspect(path: Path) -> list[str]:
         ValueError: It cannot be read.
         ImportError: It is PyTorch's, which is not installed.
     """
-    files.check_local(path)
+    check_local(path)
     workdirs = [path / kind for kind in DESCRIPTIONS if (path / kind / FOLDER).is_dir()]
     if (path / FOLDER).is_dir():
         return _inspect_workdir(path)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from svg_jax.checkpoint import FOLDER
-from svg_jax.convert import files, formats, kinds
+from svg_jax.convert import formats, kinds
+from svg_jax.convert.files import check_local
 from svg_jax.convert.formats import Content, Weights
 from svg_jax.convert.model import DESCRIPTIONS, Model
 
@@ -42,7 +43,7 @@ def open_source(path: Path) -> Source:
         ValueError: It is something else, or damaged.
         ImportError: It needs PyTorch.
     """
-    files.check_local(path)
+    check_local(path)
     if not path.is_dir():
         return _source(path, formats.open_file(path))
     if (path / FOLDER).is_dir():

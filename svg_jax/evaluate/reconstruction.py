@@ -31,10 +31,12 @@ from svg_jax import assemble, distributed
 from svg_jax.evaluate import images as files
 from svg_jax.evaluate.fid import bias
 from svg_jax.evaluate.image_metrics import compared, psnr, ssim, stored
-from svg_jax.evaluate.networks import Loaded, find_autoencoder, load_autoencoder, load_inception, load_lpips
+from svg_jax.evaluate.networks import load_inception, load_lpips
 from svg_jax.evaluate.report import rank, write_report
 from svg_jax.evaluate.results import Results
 from svg_jax.flow.names import unknown
+from svg_jax.loading import Loaded, find_autoencoder, open_autoencoder
+from svg_jax.metrics import side_by_side
 from svg_jax.models.autoencoder import Autoencoder
 from svg_jax.models.inception import Inception
 from svg_jax.models.lpips import LPIPS
@@ -45,7 +47,6 @@ logger = logging.getLogger("svg_jax")
 
 METRICS = ("psnr", "ssim", "lpips", "rfid")
 PICTURES = 8  # from each end of a batch that are kept for the page, and shown there
-GAIN = 4  # by which differences are shown
 PRECISION = "highest"  # of matrix products and convolutions: float32 on every chip
 TOGETHER = 24 * 3600.0  # seconds that the processes of a job wait for the last one
 
@@ -169,7 +170,7 @@ def load(options: argparse.Namespace, metrics: tuple[str, ...], mesh: Mesh) -> J
     if "rfid" in metrics:
         judges["inception"] = load_inception(options.inception, mesh)
     choices = {name: getattr(options, name) for name in ("ema", "dtype", "match")}
-    autoencoder = load_autoencoder(workdir, section, mesh, **choices)
+    autoencoder = open_autoencoder(workdir, section, mesh, **choices)
     multiple = batch_multiple(mesh)
     at_once = -(-min(options.at_once or 8 * multiple, options.batch_size) // multiple) * multiple
     return Judge(
@@ -273,8 +274,7 @@ def pictures(before: np.ndarray, after: np.ndarray, values: Float[np.ndarray, " 
     chosen = sorted({*order[:PICTURES].tolist(), *order[-PICTURES:].tolist()})
     rows: dict[str, np.ndarray] = {}
     for i in chosen:
-        difference = np.abs(before[i].astype(np.int16) - after[i].astype(np.int16)) * GAIN
-        row = np.concatenate([before[i], after[i], np.minimum(difference, 255).astype(np.uint8)], axis=1)
+        (row,) = side_by_side([before[i]], [after[i]])
         data = io.BytesIO()
         Image.fromarray(row).save(data, format="JPEG", quality=90)
         rows[f"picture_{i}"] = np.frombuffer(data.getvalue(), np.uint8)

@@ -189,6 +189,7 @@ def vit_config(config: ViTConfig) -> dict[str, Any]:
 
 
 def load(workdir: Path, network: Network[Any]) -> Params:
-    """Parameters from an imported workdir, split over the eight devices."""
+    """Parameters from an imported workdir, split over the eight devices; those of losses, which may lie there, not."""
     mesh = make_mesh({"fsdp": 4, "tensor": 2}, jax.devices()[:8])
-    return load_params(str(workdir), network.shapes, param_shardings(network.shapes, network.axes, mesh))
+    at = param_shardings(network.shapes, network.axes, mesh)
+    return load_params(str(workdir), network.shapes, at, select=lambda name: not name.startswith("loss."))

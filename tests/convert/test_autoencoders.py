@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from svg_jax.checkpoint import load_config, load_params, open_params
+from svg_jax.checkpoint import load_config, open_params
 from svg_jax.convert.kinds import recognise, restored
 from svg_jax.convert.model import Model, shapes_of
 from svg_jax.convert.rules import below, carried, release_shapes, to_jax, to_release
@@ -23,9 +23,8 @@ from svg_jax.models.decoder_hy import HyDecoderConfig
 from svg_jax.models.residual import ResidualConfig
 from svg_jax.models.vit import ViTConfig, rope_periods
 from svg_jax.nn.functional import Network
-from svg_jax.parallel import make_mesh, param_shardings
 from tests.convert import release
-from tests.convert.release import assert_same, of_loss, run, state_dict, tensors
+from tests.convert.release import assert_same, load, of_loss, run, state_dict, tensors
 from tests.vectors import Case, assert_close, cases
 
 ROPE = ResidualConfig(dim=16, num_layers=2, num_heads=2, hidden_dim=32, patch_size=4)
@@ -164,8 +163,7 @@ def network_of(workdir: Path) -> tuple[Network[Autoencoder], Any]:
     """An imported autoencoder, without what else lies beside it."""
     config = network_sizes(workdir)
     network = Network(lambda rngs: Autoencoder(config, rngs=rngs))
-    at = param_shardings(network.shapes, network.axes, make_mesh({"fsdp": -1}))
-    return network, load_params(str(workdir), network.shapes, at, select=lambda name: not name.startswith("loss."))
+    return network, load(workdir, network)
 
 
 @pytest.mark.golden
