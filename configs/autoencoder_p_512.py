@@ -4,7 +4,7 @@ python -m svg_jax.train_autoencoder --config=configs/autoencoder_p_512.py --work
     --config.data.path=imagenet/train --config.loss.lpips=weights/lpips \
     --config.init_from=gs://BUCKET/autoencoder_p_256
 
-Hardware: the release had 8 GPUs with 16 images each. A TPU slice: see the table in README.md.
+Hardware: the release had 8 GPUs with 16 images each. TPUs: benchmarks/README.md has what fits a chip.
 Expected: the release publishes no losses. Ours: none yet, nobody has run it at full size.
 """
 
@@ -17,5 +17,6 @@ def get_config() -> ConfigDict:
     """Read by `--config`."""
     config = autoencoder_base.get_config()
     config.data.resolution = 512
+    autoencoder_base.save_memory(config)
     config.batch_size = 128  # (released: 8 GPUs x 16)
     return config

@@ -4,7 +4,7 @@ python -m svg_jax.train_autoencoder --config=configs/autoencoder_r_256.py --work
     --config.data.path=imagenet/train --config.loss.lpips=weights/lpips \
     --config.autoencoder.checkpoint=weights/encoder
 
-Hardware: the release had 8 GPUs with 64 images each. A TPU slice: see the table in README.md.
+Hardware: the release had 8 GPUs with 64 images each. TPUs: benchmarks/README.md has what fits a chip.
 Expected: the release publishes no losses. Ours: none yet, nobody has run it at full size.
 """
 

@@ -18,11 +18,13 @@ def get_config(kind: str = "r") -> ConfigDict:
         raise ValueError(f"configs/tiny_autoencoder_photographs.py:{kind}: say :p or :r")
     config = tiny_autoencoder.get_config()
     config.num_train_steps = 400
+    config.autoencoder.residual.out_channels = 8  # (released)
     if kind == "p":
-        config.autoencoder.decoder.z_channels = config.autoencoder.encoder.dim
         with config.ignore_type():
             config.autoencoder.residual = None
-    config.data.max_ratio = 2.0
+    residual = config.autoencoder.residual
+    config.autoencoder.decoder.z_channels = config.autoencoder.encoder.dim + (residual.out_channels if residual else 0)
+    config.data.max_ratio = 3.0  # five sizes
     config.statistics.num_images = 64
     config.loss.disc_weight = 0.5
     config.loss.disc_channels = 16

@@ -148,8 +148,8 @@ def crop_sizes(resolution: int, patch_size: int, max_ratio: float = 4.0) -> list
     So the square is among them where resolution / patch_size is 0 or 1 modulo 4, as at all released resolutions. Where
     the rule keeps nothing (6 patches a side and max_ratio 1) the square alone is the list.
     """
-    if max_ratio < 1:
-        raise ValueError(f"max_ratio={max_ratio} is below 1; it is the longer side over the shorter one")
+    if not max_ratio >= 1:  # nor NaN
+        raise ValueError(f"max_ratio={max_ratio} is not at least 1; it is the longer side over the shorter one")
     budget = token_budget(resolution, patch_size)
     sizes = []
     width, height = budget, 1

@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from svg_jax.flow.losses import batch_mean
 from svg_jax.models.discriminator import DiscriminatorConfig, PatchDiscriminator, running_statistics
-from svg_jax.models.lpips import LPIPS, LPIPSConfig
+from svg_jax.models.lpips import LPIPS, SMALLEST_SIDE, LPIPSConfig
 from svg_jax.nn.functional import Network, Params
 
 LARGEST_WEIGHT = 1e4
@@ -52,8 +52,9 @@ class LossConfig:
     disc_loss: str = "hinge"
     logvar_init: float = 0.0
     learn_logvar: bool = False
-    reduction: str = "sum"  # over the pixels of an image; "mean" changes its size only, and Adam does not see that
+    reduction: str = "sum"  # over the pixels of an image; with "mean" the adaptive weight is far from its limit of 1e4
     convention: str = "batch"  # "list": the discriminator normalises each image alone, as for images of many sizes
+    remat: str = "none"  # of the slices of LPIPS, see nn.stack.REMAT
     dtype: str = "float32"  # in which both networks compute
 
     def __post_init__(self) -> None:
@@ -71,7 +72,13 @@ class LossConfig:
     @property
     def perceptual(self) -> LPIPSConfig | None:
         """Sizes of the perceptual loss, if there is one."""
-        return LPIPSConfig(self.perceptual_channels, self.dtype) if self.perceptual_weight > 0 else None
+        return LPIPSConfig(self.perceptual_channels, self.remat, self.dtype) if self.perceptual_weight > 0 else None
+
+    @property
+    def smallest_side(self) -> int:
+        """Pixels a side that an image needs for both networks."""
+        lpips = 0 if self.perceptual is None else SMALLEST_SIDE
+        return max(lpips, 0 if self.discriminator is None else self.discriminator.smallest_side)
 
     @classmethod
     def from_release(cls, lossconfig: Mapping[str, Any], **changes: Any) -> LossConfig:

@@ -98,14 +98,14 @@ def check(config: ConfigDict, needs: str) -> None:
         raise ValueError('no data: name a .jsonl of {"path": ..., "prompt": ...} with --config.data.path')
     lookup("dtype", config.optim.mu_dtype or "float32", DTYPES)
     autoencoder_config(config.autoencoder)
-    if "loss" in config:
-        lookup("dtype", loss_config(config.loss).dtype, DTYPES)
     sections = [config.autoencoder.encoder, config.autoencoder.decoder]
     if config.autoencoder.get("residual"):
         sections.append(config.autoencoder.residual)
+    if "loss" in config:
+        loss_config(config.loss)
+        sections.append(config.loss)
     if "model" in config:
         sections += [config.model, config.text.encoder]
-        lookup("remat policy", config.model.remat, REMAT)
         lookup("solver", config.sample.solver, SOLVERS)
         if config.text.system_prompt is not None:
             full_prompt("", config.text.system_prompt)
@@ -117,6 +117,7 @@ def check(config: ConfigDict, needs: str) -> None:
             )
     for section in sections:
         lookup("dtype", section.dtype, DTYPES)
+        lookup("remat policy", section.get("remat", "none"), REMAT)
         lookup("attention", section.get("attention", "auto"), dict.fromkeys(("auto", *BACKENDS)))
 
 

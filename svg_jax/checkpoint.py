@@ -14,7 +14,7 @@ import functools
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -36,6 +36,14 @@ FOLDER = "checkpoints"
 PARTS = ("params", "ema", "frozen", "carried")  # of a checkpoint; `carried` is of the release's files, see `convert`
 TOGETHER = 3600.0  # seconds from the first process that has read its share to the last
 CHUNK_BYTES = 64 * 2**20  # of a parameter on disk: what a device that wants a piece of it must read at least
+OPTIONAL = {
+    "extra_vit.": "a residual branch (Autoencoder-R)",
+    "mask_token": "masked residual latents (mask_ratio)",
+    "loss.discriminator.": "a discriminator",
+    "loss.perceptual_loss.": "LPIPS",
+}
+"""What one autoencoder has and another has not, by how its parameters' names begin."""
+
 ADDED = ("skipped",)  # fields that checkpoints of earlier versions lack, and that begin at zero
 Result = TypeVar("Result")
 
@@ -402,4 +410,19 @@ def _saved_shapes(folder: epath.Path, part: str) -> dict[str, jax.ShapeDtypeStru
 
 def _check(expected: Mapping[str, Any], found: Mapping[str, Any], where: epath.Path | Path) -> None:
     if problem := mismatch(dict(expected), dict(found)):
-        raise WrongArchitecture(f"{where}: {problem}")
+        hint = _only_one_has(expected.keys() - found.keys(), found.keys() - expected.keys())
+        advice = "give the config the checkpoint's sizes, or name another checkpoint"
+        raise WrongArchitecture(f"{where}: {problem}{hint}: {advice}")
+
+
+def _only_one_has(missing: Set[str], unexpected: Set[str]) -> str:
+    """In brackets the parts that only the config or only the checkpoint has, where such parts are all that differs."""
+    if not all(name.startswith(tuple(OPTIONAL)) for name in missing | unexpected):
+        return ""
+    found = [
+        f"only the {side} has {what}"
+        for side, names in (("config", missing), ("checkpoint", unexpected))
+        for prefix, what in OPTIONAL.items()
+        if any(name.startswith(prefix) for name in names)
+    ]
+    return f" ({', '.join(found)})" if found else ""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import inspect
 import logging
 import math
 import re
 import runpy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,21 @@ def from_config(cls: type[Any], values: ConfigDict | dict[str, Any]) -> Any:
     Raises:
         ValueError: A key is not a field of it; the message shows the nearest.
     """
-    fields = list(cls.__dataclass_fields__)
     given = values.to_dict() if isinstance(values, ConfigDict) else dict(values)
-    for key in given:
-        if key not in fields:
-            raise ValueError(f"{cls.__name__} has no '{key}'{_nearest(key, fields)}")
+    check_keys(given, cls.__dataclass_fields__, cls.__name__)
     return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+
+
+def check_keys(given: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Every key given must be one that is known.
+
+    Raises:
+        ValueError: `what` has no such key; the message shows the nearest.
+    """
+    names = list(known)
+    for key in given:
+        if key not in names:
+            raise ValueError(f"{what} has no '{key}'{_nearest(key, names)}")
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -105,23 +115,29 @@ def parse(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
         if not isinstance(flags.FLAGS["config"].value, ConfigDict):
             raise SystemExit(f"error: --config: get_config() of '{file}' must return a ConfigDict")
-    except flags.Error as error:
-        raise SystemExit(f"error: {error}") from error
-    except (KeyError, AttributeError, ValueError) as error:
-        if not (message := _misspelt(argv, file, *argument)):
+    except (flags.Error, KeyError, AttributeError, ValueError) as error:
+        message = _wrong(argv, file, *argument) if named else None
+        if message is None and not isinstance(error, flags.Error):
             raise  # a mistake inside the file, which its traceback shows
-        raise SystemExit(f"error: {message}") from error
+        raise SystemExit(f"error: {message or error}") from error
     if len(rest) > 1:
         raise SystemExit(f"error: unknown argument '{rest[1]}': values are overridden as --config.KEY=VALUE")
     return rest
 
 
-def _misspelt(argv: list[str], file: str, *argument: str) -> str | None:
-    """One sentence on the first override that the config in `file` has no key for, or None."""
+def _wrong(argv: list[str], file: str, *argument: str) -> str | None:
+    """One sentence on what `file` says of its argument, or on the first override that its config has no place for."""
     module = runpy.run_path(file)
     if "get_config" not in module:
         return f"--config: '{file}' has no get_config()"
-    config = module["get_config"](*argument)
+    try:
+        inspect.signature(module["get_config"]).bind(*argument)
+    except TypeError as error:
+        return f"--config: get_config() of '{file}' gets what stands after a colon: {error}"
+    try:
+        config = module["get_config"](*argument)
+    except ValueError as error:
+        return f"--config: {' '.join(str(error).split())}"
     for arg in argv:
         section, path = config, re.match(r"--?config\.([\w.]+)", arg)
         for key in path[1].split(".") if path else ():
@@ -130,6 +146,12 @@ def _misspelt(argv: list[str], file: str, *argument: str) -> str | None:
             if key not in section:
                 return f"unknown config key '{key}' in {arg}{_nearest(key, list(section))}"
             section = section[key]
+        value = arg.partition("=")[2]
+        if path and value and not value.startswith("{") and isinstance(section, ConfigDict):
+            return (
+                f"{arg}: a section cannot be replaced by a flag: override the keys in it, or choose another --config "
+                "that goes without it"
+            )
     return None
 
 

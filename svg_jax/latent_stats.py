@@ -23,14 +23,17 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 from tqdm import tqdm
 
+from data_pipelines import images
 from data_pipelines.batches import BadRecordCounter, TooManyBadRecords, make_loader
 from data_pipelines.grids import GridBatch, GridBatches
+from data_pipelines.records import BadRecord
 from data_pipelines.sources import open_source
 from svg_jax import assemble, distributed
 from svg_jax.autoencoder_steps import Batch, Moments, update_moments
 from svg_jax.checkpoint import load_config, open_params, save_params
 from svg_jax.config import one_sentence
 from svg_jax.convert import formats
+from svg_jax.convert.files import check_local, replacing
 from svg_jax.loading import Loaded, find_autoencoder, open_autoencoder
 from svg_jax.loop import device_batch
 from svg_jax.models.autoencoder import AutoencoderConfig
@@ -69,15 +72,25 @@ class Totals(NamedTuple):
         """Mean and standard deviation of each channel.
 
         Raises:
-            ValueError: A channel does not vary, or is not finite.
+            ValueError: A channel is not finite, or does not vary.
         """
+        self.check_finite()
         std = np.sqrt(self.deviations / max(self.num_tokens, 1.0))
-        if not (np.isfinite(std).all() and (std > 0).all()):
+        if not (std > 0).all():
             raise ValueError(
-                f"{np.sum(~(std > 0))} of {len(std)} latent channels do not vary over {self.num_tokens:.0f} features: "
-                "are the images readable, and not all of one colour?"
+                f"{np.sum(std == 0)} of {len(std)} latent channels do not vary over {self.num_tokens:.0f} features: "
+                "are the images all of one colour?"
             )
         return {"mean": self.mean.astype(np.float32), "std": std.astype(np.float32)}
+
+    def check_finite(self) -> None:
+        """Raises ValueError if a channel is not finite."""
+        finite = np.isfinite(self.mean) & np.isfinite(self.deviations)
+        if not finite.all():
+            raise ValueError(
+                f"{np.sum(~finite)} of {len(finite)} latent channels hold values that are not finite: the weights are "
+                "damaged, or too large for the compute type; compare with --dtype float32"
+            )
 
 
 class Progress:
@@ -147,10 +160,11 @@ def main(arguments: list[str] | None = None) -> None:
         names = ("data", "resolution", "batch_size", "seed")
         settings = {name: getattr(options, name) for name in names} | {"signature": source.signature}
         settings |= {"num_images": total, "match": loaded.origin["match"], "weights": loaded.origin["weights"]}
-        target.parent.mkdir(parents=True, exist_ok=True)
         progress = Progress(target.parent / f".{target.name}.measuring.npz", settings, sizes.latent_channels)
-        measure(loaded, batches, progress, total, (options.resolution // sizes.patch_size) ** 2, mesh, options)
-        for line in write(progress.totals, workdir, sizes, options):
+        tokens = (options.resolution // sizes.patch_size) ** 2
+        measure(loaded, batches, progress, total, tokens, mesh, options)
+        statistics = finish(progress, batches, total, tokens, options) if distributed.is_first() else {}
+        for line in write(statistics, workdir, sizes, options):
             if distributed.is_first():
                 print(line)
         if distributed.is_first():
@@ -171,7 +185,7 @@ def parser() -> argparse.ArgumentParser:
     add("--resolution", type=int, default=256, help="pixels a side of the centre squares (default: %(default)s)")
     add("--batch-size", type=int, default=64, help="images at a time, on all devices (default: %(default)s)")
     add("--no-ema", dest="ema", action="store_false", help="the raw weights instead of their average")
-    add("--dtype", help="compute type: float32 or bfloat16; by default as configured")
+    add("--dtype", help=f"compute type, of {', '.join(assemble.DTYPES)}; by default as configured")
     add("--match", help="how residual latents are matched: batch, per_image or none; by default as configured")
     add("--seed", type=int, default=0, help="of the order of the images")
     add("--max-bad-fraction", type=float, default=0.01, help="stop above this share of broken images")
@@ -186,25 +200,40 @@ def check_targets(options: argparse.Namespace) -> epath.Path:
     Raises:
         ValueError: Nothing is to be written, or not so.
         FileExistsError: It is there already.
+        PermissionError: The folder that it belongs in cannot be made.
     """
     for name in ("num_images", "resolution", "save_every", "batch_size"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+    if not 0 <= options.max_bad_fraction <= 1:
+        raise ValueError(f"--max-bad-fraction is {options.max_bad_fraction:g}: it must lie between 0 and 1")
     if options.out is None and options.to is None:
         raise ValueError("nothing to write: give --out FILE, --to WORKDIR or both")
     if options.to is not None and epath.Path(options.to).exists():
         raise FileExistsError(f"there is {options.to} already: choose another --to")
-    if options.out is None:
-        return epath.Path(options.to).absolute()
-    out = Path(options.out)
-    formats.check_local(out)
+    if options.out is not None:
+        check_file(Path(options.out), options.overwrite)
+    for flag in ("to", "out"):
+        if (name := getattr(options, flag)) is not None:
+            target = epath.Path(name).absolute()
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise PermissionError(f"cannot write {name} ({error}): choose another --{flag}") from error
+    return target
+
+
+def check_file(out: Path, overwrite: bool) -> None:
+    """Whether --out can become a file of statistics; raises as `check_targets` says."""
+    check_local(out)
     if out.suffix not in SUFFIXES:
         raise ValueError(f"{out}: the name of statistics must end in {', '.join(SUFFIXES)}")
     if out.suffix != ".safetensors":
         formats.import_torch()
-    if out.exists() and not options.overwrite:
+    if out.is_dir():
+        raise FileExistsError(f"{out} is a folder: choose another --out")
+    if out.exists() and not overwrite:
         raise FileExistsError(f"there is {out} already: choose another --out, or replace it with --overwrite")
-    return epath.Path(out).absolute()
 
 
 def measure(
@@ -218,23 +247,26 @@ def measure(
 ) -> None:
     """Adds what is missing of `total` images of so many `tokens` to `progress`, and saves it every so often.
 
+    Saved is only what `--max-bad-fraction` allows, so that a run after the data were mended does not begin with images
+    that could not be read before.
+
     Raises:
-        TooManyBadRecords: More images than `--max-bad-fraction` cannot be read.
+        ValueError: Features are not finite.
+        TooManyBadRecords: More images than `--max-bad-fraction` cannot be read, of 1000 or more.
     """
     steps = -(-total // options.batch_size)
     of_batch = jax.jit(functools.partial(moments_of, loaded.network), out_shardings=replicated(mesh))
 
     def add(step: int, found: Moments) -> None:
         progress.totals = progress.totals.merged(jax.device_get(found))
+        progress.totals.check_finite()
         progress.done = step + 1
-        last = progress.done == steps
-        if distributed.is_first() and (last or progress.done % options.save_every == 0):
+        if distributed.is_first() and progress.done < steps and progress.done % options.save_every == 0:
+            save()
+
+    def save() -> None:
+        if count_bad(progress, total, tokens, options).fraction <= options.max_bad_fraction:
             progress.save()
-            bad = BadRecordCounter(options.max_bad_fraction, min_records=1 if last else 1000)
-            seen = min(progress.done * options.batch_size, total)
-            bad.update(seen - round(progress.totals.num_tokens / tokens), seen)
-            if last and bad.num_bad:
-                logger.warning("%d of %d images could not be read", bad.num_bad, seen)
 
     reader = make_loader(batches, start_step=progress.done, num_threads=options.num_threads, prefetch=8)
     shown = tqdm(
@@ -258,12 +290,50 @@ def measure(
                 if distributed.preempted(step + 1):
                     add(*pending)
                     if distributed.is_first():
-                        progress.save()
+                        save()
                     raise SystemExit(distributed.EXIT_PREEMPTED)
             if pending is not None:
                 add(*pending)
     finally:
         reader.close()
+
+
+def count_bad(
+    progress: Progress, total: int, tokens: int, options: argparse.Namespace, *, min_records: int = 1000
+) -> BadRecordCounter:
+    """How many of the images so far could not be read.
+
+    Raises:
+        TooManyBadRecords: More than `--max-bad-fraction`, of at least `min_records`.
+    """
+    bad = BadRecordCounter(options.max_bad_fraction, min_records)
+    seen = min(progress.done * options.batch_size, total)
+    bad.update(seen - round(progress.totals.num_tokens / tokens), seen)
+    return bad
+
+
+def finish(
+    progress: Progress, batches: GridBatches, total: int, tokens: int, options: argparse.Namespace
+) -> dict[str, Float[np.ndarray, " channels"]]:
+    """The statistics. Only where there are some is the finished progress saved, in case they cannot be written.
+
+    Raises:
+        ValueError: A channel is not finite, or does not vary.
+        TooManyBadRecords: No image can be read, or more than `--max-bad-fraction` cannot.
+    """
+    if not progress.totals.num_tokens:
+        try:
+            images.read(batches.source[batches.records(0)[0]])
+            reason = "the warnings above name some of them with the cause"
+        except BadRecord as error:
+            reason = str(error)
+        raise TooManyBadRecords(f"none of the {total} images of {batches.source.name} could be read: {reason}")
+    bad = count_bad(progress, total, tokens, options, min_records=1)
+    if bad.num_bad:
+        logger.warning("%d of %d images could not be read", bad.num_bad, bad.num_records)
+    statistics = progress.totals.statistics()
+    progress.save()
+    return statistics
 
 
 def moments_of(network: Network[Any], params: Params, batch: Batch) -> Moments:
@@ -277,9 +347,10 @@ def within(total: int, batch: GridBatch, step: int, batch_size: int) -> GridBatc
     return {**batch, "valid": batch["valid"] & (slots < total)}
 
 
-def write(totals: Totals, workdir: str, sizes: AutoencoderConfig, options: argparse.Namespace) -> Iterable[str]:
+def write(
+    statistics: Mapping[str, np.ndarray], workdir: str, sizes: AutoencoderConfig, options: argparse.Namespace
+) -> Iterable[str]:
     """The files; one line on each."""
-    statistics = totals.statistics() if distributed.is_first() else {}
     if options.out is not None and distributed.is_first():
         arrays = {name: row[None, : sizes.encoder.dim] for name, row in statistics.items()}
         write_release(Path(options.out), arrays)
@@ -303,7 +374,7 @@ def write_release(target: Path, arrays: Mapping[str, np.ndarray]) -> None:
     writer: Callable[..., Any] = formats.safetensors_writer
     if target.suffix != ".safetensors":
         writer = formats.torch_writer
-    with formats.replacing(target) as path, writer(path, structs) as put:
+    with replacing(target) as path, writer(path, structs) as put:
         for name, array in arrays.items():
             put(name, array)
 

@@ -87,13 +87,13 @@ def load_autoencoder(section: ConfigDict, network: Network[Autoencoder], mesh: M
         section: `config.autoencoder`.
         network: What it describes.
         mesh: Where it goes.
-        trains: Whether more than the encoder is kept in float32, to be trained.
+        trains: Whether all of it is kept in float32: most to be trained, the encoder to be saved beside that as it was.
     """
     if section.checkpoint and load_config(section.checkpoint).get("kind") == "encoder":
         sizes = autoencoder_config(section).encoder
         encoder = load_part(Network(lambda rngs: make_encoder(sizes, rngs=rngs)), section.checkpoint, mesh)
         return fresh(network, mesh, jax.random.key(0)) | {"encoder." + name: w for name, w in encoder.items()}
-    dtypes = compute_types(section, ("encoder",) if trains else ("encoder", "residual"))
+    dtypes = compute_types(section, () if trains else ("encoder", "residual"))
     key = "config.autoencoder.checkpoint"
     params = _loaded(network, section.checkpoint, dtypes, mesh, "autoencoder", key)
     if section.checkpoint or section.encoder.get("family", "dinov3") != "dinov3":
@@ -133,7 +133,8 @@ def begin_autoencoder(config: ConfigDict, networks: AutoencoderNetworks, mesh: M
     if not known.issuperset(lpips):
         loss |= _load_lpips(config, mesh)
     discriminator = {name for name in shapes if name.startswith(DISCRIMINATOR)}
-    if source and discriminator - known:
+    of_autoencoder = any(_is_model(name) and name.startswith("decoder.") for name in saved)
+    if of_autoencoder and discriminator - known:
         logger.warning("%s has no discriminator: training begins with a new one", source)
         known -= discriminator
     if source and known:

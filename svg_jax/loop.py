@@ -45,7 +45,7 @@ def fit(
     writer: MetricWriter,
     checkpoints: Checkpoints,
     draw: Callable[[TrainState], list[np.ndarray]] | None = None,
-    finish: Callable[[TrainState], TrainState] = lambda state: state,
+    before_save: Callable[[TrainState], TrainState] = lambda state: state,
     preempted: Callable[[int], bool] | None = None,
     records: Callable[[int], Sequence[int]] = lambda step: (),
 ) -> TrainState:
@@ -66,7 +66,7 @@ def fit(
         checkpoints: Gets states.
         draw: Pictures of the present state, its average on the devices, every `config.sample.every` steps and at the
             end.
-        finish: What becomes of the state after the last step, before it is saved.
+        before_save: What becomes of a state before it is saved, unless the machines are about to be taken away.
         preempted: Whether the machines are about to be taken away, after so many updates; the same answer everywhere.
         records: Which records the global batch of a step holds.
 
@@ -125,10 +125,10 @@ def fit(
                     writer.pictures(done - 1, "samples", draw(dataclasses.replace(state, ema=on_device(state.ema))))
             if done == stop:
                 guards.bad.judge()
-                state = finish(state)
             told = preempted is not None and preempted(done)  # asked at every step: it is true at one of them only
             if told or done == stop or _due(done, stop, config.checkpoint.every):
                 with held_up("checkpoint"):
+                    state = state if told and done < stop else before_save(state)
                     checkpoints.save(state, {"step": done}, config.to_dict())
             if told and done < stop:
                 checkpoints.wait()

@@ -134,6 +134,12 @@ def autoencoder_program(config: ConfigDict, mesh: Mesh) -> Training[AutoencoderN
     networks, side = assemble.autoencoder_networks(config), config.data.resolution
     sizes, loss = assemble.autoencoder_config(config.autoencoder), assemble.loss_config(config.loss)
     tokens = token_budget(side, sizes.patch_size)
+    if (smallest := min(assemble.crop_sides(config))) < loss.smallest_side:
+        raise ValueError(
+            f"crops of config.data.resolution={side} have sides of {smallest} pixels, and the networks of the loss "
+            f"need {loss.smallest_side}: choose a larger resolution, a smaller data.max_ratio, fewer loss.disc_num_layers, "
+            "or loss.perceptual_weight=0"
+        )
     optimiser = assemble.optimiser(config)
     create = functools.partial(_autoencoder_state, sizes=sizes, loss=loss, optimiser=optimiser, seed=config.seed)
     params_at = loading.shardings(networks, mesh)

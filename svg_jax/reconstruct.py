@@ -12,20 +12,20 @@ import glob
 import io
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 from PIL import Image
 
 from data_pipelines.images import Size, crop, crop_sizes, decode, nearest_size
 from data_pipelines.records import BadRecord
 from data_pipelines.sources import open_source
 from svg_jax import assemble, distributed
-from svg_jax.autoencoder_steps import reconstruct
 from svg_jax.config import one_sentence
 from svg_jax.evaluate.image_metrics import psnr
 from svg_jax.loading import find_autoencoder, open_autoencoder
@@ -37,6 +37,9 @@ from svg_jax.parallel import make_mesh, replicated
 
 logger = logging.getLogger("svg_jax")
 
+FOLDERS = ("reconstructions", "side_by_side")  # of --out
+MAX_RATIO = 4.0
+
 Pixels = UInt8[np.ndarray, "height width 3"]
 
 
@@ -46,32 +49,37 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("svg_jax").setLevel(logging.INFO)
     with one_sentence():
         distributed.initialise()
-        files = find_images(options.images)[jax.process_index() :: jax.process_count()]
-        mesh = make_mesh({"fsdp": -1}, jax.local_devices()[:1])  # one picture at a time
+        inputs = [path for pattern in options.images for path in expanded(pattern)]
+        files = find_images(inputs)[jax.process_index() :: jax.process_count()]
         workdir, section = find_autoencoder(options.checkpoint)
+        patch = assemble.autoencoder_config(section).patch_size
+        sizes, tile = sizes_of(options.resolution, options.max_ratio, patch), tile_of(options.tile, patch)
+        check_out(options.out, inputs)
         match = options.match
         if match is None and section.get("residual"):
             match = "per_image"
             logger.info("residual latents are matched per image, each picture alone; --match=batch is as in training")
+        mesh = make_mesh({"fsdp": -1}, jax.local_devices()[:1])  # one picture at a time
         loaded = open_autoencoder(workdir, section, mesh, ema=options.ema, dtype=options.dtype, match=match)
-        patch = assemble.autoencoder_config(section).patch_size
-        sizes = None
-        if options.resolution is not None:
-            sizes = crop_sizes(options.resolution, patch, options.max_ratio)
-        draw = jax.jit(functools.partial(compare, loaded.network, tile=tile_of(options.tile, patch)))
+        draw = jax.jit(functools.partial(compare, loaded.network, tile=tile))
         values: list[float] = []
         problems: list[BadRecord] = []
         for file, name in files:
             try:
                 image = decode(file)
                 pixels = fitted(image, patch, sizes, str(file))
+                with jax.set_mesh(mesh):
+                    batch = jax.device_put(pixels[None], replicated(mesh))
+                    output, value, finite = jax.device_get(draw(loaded.params, batch))
+                if not finite:
+                    raise BadRecord(
+                        f"the reconstruction of {file} holds values that are not finite: the weights are damaged, or "
+                        "too large for the compute type; compare with --dtype float32"
+                    )
             except BadRecord as error:
                 problems.append(error)
                 logger.warning("skipped: %s", error)
                 continue
-            with jax.set_mesh(mesh):
-                batch = jax.device_put(pixels[None], replicated(mesh))
-                output, value = jax.device_get(draw(loaded.params, batch))
             values.append(float(value[0]))
             said = "" if image.size == pixels.shape[1::-1] else f", from {image.width}x{image.height}"
             save(epath.Path(options.out), name, pixels, output[0])
@@ -93,30 +101,63 @@ def parser() -> argparse.ArgumentParser:
     add("--checkpoint", required=True, help="workdir of an autoencoder, trained or imported")
     add("--out", default="reconstructions", help="folder for the pictures (default: %(default)s)")
     add("--resolution", type=int, help="crop to the sizes of training at this many pixels; by default sizes are kept")
-    add("--max-ratio", type=float, default=4.0, help="longest crop of --resolution (default: %(default)s)")
+    add("--max-ratio", type=float, help=f"longest crop of --resolution (default: {MAX_RATIO})")
     add("--match", help="how residual latents are matched: per_image, batch or none (default: per_image)")
     add("--tile", type=int, help="side in pixels of the squares that are decoded one by one; saves memory")
     add("--no-ema", dest="ema", action="store_false", help="the raw weights instead of their average")
-    add("--dtype", help="compute type: float32 or bfloat16; by default as configured")
+    add("--dtype", help=f"compute type, of {', '.join(assemble.DTYPES)}; by default as configured")
     return flags
 
 
-def find_images(patterns: Sequence[str]) -> list[tuple[Path, str]]:
+def check_out(out: str, inputs: Iterable[Path]) -> None:
+    """Makes the folders of --out, which must not hold inputs, nor lie among them: the next run would read them.
+
+    Raises:
+        ValueError: They do.
+        PermissionError: They cannot be made.
+    """
+    if "://" not in out:
+        target = Path(out).resolve()
+        for path in inputs:
+            among = path.is_dir() and target.is_relative_to(path.resolve())
+            if among or any(path.resolve().is_relative_to(target / kind) for kind in FOLDERS):
+                raise ValueError(f"--out {out} and the input {path} lie one in the other: choose another --out")
+    try:
+        for kind in FOLDERS:
+            (epath.Path(out) / kind).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PermissionError(f"cannot write pictures to {out} ({error}): choose another --out") from error
+
+
+def sizes_of(resolution: int | None, max_ratio: float | None, patch: int) -> list[Size] | None:
+    """The crops to choose from; None where pictures keep their sizes.
+
+    Raises:
+        ValueError: A number is out of range, or there is a ratio and no resolution.
+    """
+    if resolution is None:
+        if max_ratio is not None:
+            raise ValueError(f"--max-ratio {max_ratio:g} is of the crops of --resolution: give that too")
+        return None
+    if resolution < patch:
+        raise ValueError(f"--resolution is {resolution}: it must be at least one patch, {patch} pixels")
+    return crop_sizes(resolution, patch, MAX_RATIO if max_ratio is None else max_ratio)
+
+
+def find_images(inputs: Iterable[Path]) -> list[tuple[Path, str]]:
     """Files, and a name for each that no other has: its path without ending, for those of a folder relative to it.
 
     Raises:
-        FileNotFoundError: There is no such file.
         ValueError: A folder holds no images.
     """
     found: dict[Path, str] = {}
-    for pattern in patterns:
-        for path in expanded(pattern):
-            if path.is_dir():
-                source = open_source(path)
-                inside = [Path(source[i].path) for i in range(len(source))]
-                found |= {file: str(file.relative_to(path)) for file in inside if file not in found}
-            else:
-                found.setdefault(path, path.name)
+    for path in inputs:
+        if path.is_dir():
+            source = open_source(path)
+            inside = [Path(source[i].path) for i in range(len(source))]
+            found |= {file: str(file.relative_to(path)) for file in inside if file not in found}
+        else:
+            found.setdefault(path, path.name)
     named: dict[str, Path] = {}
     for file, name in found.items():
         base = unique = str(Path(name).with_suffix(""))
@@ -129,7 +170,11 @@ def find_images(patterns: Sequence[str]) -> list[tuple[Path, str]]:
 
 
 def expanded(pattern: str) -> Iterator[Path]:
-    """What a shell would make of a pattern."""
+    """What a shell would make of a pattern.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
     path = Path(pattern)
     if path.exists():
         yield path
@@ -168,20 +213,19 @@ def fitted(image: Image.Image, patch: int, sizes: Sequence[Size] | None, name: s
 
 def compare(
     network: Network[Autoencoder], params: Params, images: UInt8[Array, "batch h w 3"], *, tile: int | None
-) -> tuple[UInt8[Array, "batch h w 3"], Float[Array, " batch"]]:
-    """Reconstructions and their PSNR in dB."""
-    if tile is None:
-        output = reconstruct(network, params, images)
-    else:
-        autoencoder = network(params)
-        output = to_uint8(decode_in_tiles(autoencoder.decoder, autoencoder.features_of_images(images), tile))
-    return output, psnr(images, output)
+) -> tuple[UInt8[Array, "batch h w 3"], Float[Array, " batch"], Bool[Array, ""]]:
+    """Reconstructions, their PSNR in dB, and whether all that was decoded is finite, which 8 bits do not show."""
+    autoencoder = network(params)
+    features = autoencoder.features_of_images(images)
+    decoded = autoencoder.decoder(features) if tile is None else decode_in_tiles(autoencoder.decoder, features, tile)
+    output = to_uint8(decoded)
+    return output, psnr(images, output), jnp.isfinite(decoded).all()
 
 
 def save(folder: epath.Path, name: str, before: Pixels, after: Pixels) -> None:
     """The reconstruction, and the row of input, reconstruction and difference."""
     (row,) = side_by_side([before], [after])
-    for kind, pixels in (("reconstructions", after), ("side_by_side", row)):
+    for kind, pixels in zip(FOLDERS, (after, row), strict=True):
         file = folder / kind / f"{name}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         data = io.BytesIO()

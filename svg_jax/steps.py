@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -81,8 +81,9 @@ def text_to_image_step(
 ) -> TrainStep:
     """One update of the diffusion transformer: encode images and captions, match the velocity, AdamW, EMA.
 
-    The batch is cut into `micro_batches` that run one after the other; the gradient is that of the mean over all
-    samples that hold an image. Randomness is `fold_in(state.key, state.step)`.
+    The images are encoded all at once, so that statistics over the batch are of all of it. Then it is cut into
+    `micro_batches` that run one after the other; the gradient is that of the mean over all samples that hold an image.
+    Randomness is `fold_in(state.key, state.step)`.
     """
 
     def losses(params: Params, x1: Array, text: Array, batch: Batch, key: Key[Array, ""]) -> tuple[Array, Metrics]:
@@ -103,15 +104,18 @@ def text_to_image_step(
             "bin_counts": counts,
         }
 
-    def gradients(params: Params, frozen: Frozen, batch: Batch, key: Key[Array, ""]) -> tuple[Params, Metrics]:
-        x1 = networks.autoencoder(frozen["autoencoder"]).encode(batch["patches"], batch["grid"])
+    def gradients(
+        params: Params, frozen: Frozen, part: tuple[Array, Batch], key: Key[Array, ""]
+    ) -> tuple[Params, Metrics]:
+        x1, batch = part
         text = networks.text(frozen["text"]).features(batch["tokens"], text_mask(batch))
         return jax.grad(losses, has_aux=True)(params, x1, text, batch, key)
 
     def step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
+        x1 = networks.autoencoder(frozen["autoencoder"]).encode(batch["patches"], batch["grid"])
         grads, metrics = accumulate(
-            lambda micro, key: gradients(state.params, frozen, micro, key), batch, key, micro_batches
+            lambda part, key: gradients(state.params, frozen, part, key), (x1, batch), key, micro_batches
         )
         scale = 1.0 / jnp.maximum(metrics["valid"], 1.0)
         grads = jax.tree.map(lambda g: g * scale, grads)
@@ -257,9 +261,12 @@ def text_mask(batch: Batch) -> Bool[Array, "batch text_tokens"]:
     return jnp.arange(batch["tokens"].shape[1])[None] < batch["num_tokens"][:, None]
 
 
+Part = TypeVar("Part")
+
+
 def accumulate(
-    function: Callable[[Batch, Key[Array, ""]], tuple[Params, Metrics]],
-    batch: Batch,
+    function: Callable[[Part, Key[Array, ""]], tuple[Params, Metrics]],
+    batch: Part,
     key: Key[Array, ""],
     parts: int,
 ) -> tuple[Params, Metrics]:
@@ -277,7 +284,7 @@ def accumulate(
     shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], micro), keys[0])
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-    def add(total: tuple[Params, Metrics], scanned: tuple[Batch, Array]) -> tuple[tuple[Params, Metrics], None]:
+    def add(total: tuple[Params, Metrics], scanned: tuple[Part, Array]) -> tuple[tuple[Params, Metrics], None]:
         return jax.tree.map(jnp.add, total, function(*scanned)), None
 
     return jax.lax.scan(add, zeros, (micro, keys))[0]

@@ -10,6 +10,8 @@ import contextlib
 import dataclasses
 import functools
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -68,15 +70,16 @@ def main(config: ConfigDict, workdir: str) -> None:
             assemble.check_resumed(config, load_config(workdir))
 
     loader = functools.partial(make_loader, batches, num_threads=config.data.num_threads, prefetch=config.data.prefetch)
-    measure = functools.partial(measure_latents, config, network, batches, mesh)
     with jax.set_mesh(mesh):
+        measure = latent_measurement(config, network, loader, mesh)
         if restored is not None:
             state = restored[0]
             logger.info("resuming after step %d", int(state.step))
         else:
             with doors.one_sentence():
                 params = loading.begin_autoencoder(config, program.networks, mesh)
-                params |= measure({name: params[name] for name in network.shapes})
+                if not has_statistics(params):
+                    params |= measure({name: params[name] for name in network.shapes})
             state = jax.jit(program.create, out_shardings=shardings_of(program.state), donate_argnums=0)(params)
         trained = sum(value.size for value in state.params.values())
         logger.info(
@@ -97,11 +100,15 @@ def main(config: ConfigDict, workdir: str) -> None:
             before, after = jax.device_get(draw_all(model_of(state), examples))
             return side_by_side(before[:PICTURES, : after.shape[1], : after.shape[2]], after[:PICTURES])
 
-        def finish(state: TrainState) -> TrainState:
-            """The latents have changed if the residual branch has."""
+        def with_statistics(state: TrainState) -> TrainState:
+            """The latents change as the residual branch does; those of Autoencoder-P stay."""
             if not any(name.startswith("extra_vit.") for name in state.params):
                 return state
-            return dataclasses.replace(state, frozen={**state.frozen, **measure(model_of(state))})
+            try:
+                return dataclasses.replace(state, frozen={**state.frozen, **measure(model_of(state))})
+            except ValueError as error:
+                logger.warning("the statistics of the latents stay as they were: %s", error)
+                return state
 
         with doors.one_sentence():
             writer = MetricWriter(
@@ -124,7 +131,7 @@ def main(config: ConfigDict, workdir: str) -> None:
                 writer=writer,
                 checkpoints=checkpoints,
                 draw=draw,
-                finish=finish,
+                before_save=with_statistics,
                 preempted=distributed.preempted,
                 records=batches.records,
             )
@@ -143,28 +150,39 @@ def check_same_data(batches: GridBatches, timeout: float) -> None:
         )
 
 
-def measure_latents(
-    config: ConfigDict, network: Network[Autoencoder], batches: GridBatches, mesh: Mesh, params: Params
-) -> Params:
-    """Mean and standard deviation of the latents, from the features of `config.statistics.num_images` images.
+def has_statistics(params: Params) -> bool:
+    """Whether latent statistics came with the weights."""
+    mean, std = jax.device_get((params["latents.mean"], params["latents.std"]))
+    return bool(np.any(mean != 0.0) or np.any(std != 1.0))
 
-    Raises:
-        ValueError: A channel does not vary.
+
+def latent_measurement(
+    config: ConfigDict, network: Network[Autoencoder], loader: Callable[[], Any], mesh: Mesh
+) -> Callable[[Params], Params]:
+    """Measures mean and standard deviation of latents, over the first `config.statistics.num_images` images.
+
+    What it gives raises ValueError where a channel does not vary, or is not finite.
     """
-    update = jax.jit(functools.partial(update_moments, network), out_shardings=replicated(mesh), donate_argnums=1)
-    moments = jax.device_put(Moments.zero(network.shapes["latents.mean"].shape[0]), replicated(mesh))
-    reader = make_loader(batches, num_threads=config.data.num_threads, prefetch=config.data.prefetch)
-    with contextlib.closing(reader):
-        for _ in range(-(-config.statistics.num_images // config.batch_size)):
-            moments = update(params, moments, device_batch(next(reader), mesh))
-    std = np.asarray(jax.device_get(moments.std()))
-    if not (np.isfinite(std).all() and (std > 0).all()):
-        raise ValueError(
-            f"{np.sum(~(std > 0))} of {len(std)} latent channels do not vary over {int(moments.num_tokens)} features: "
-            "are the images readable, and not all of one colour?"
-        )
-    logger.info("latent statistics over %d features", int(moments.num_tokens))
-    return {"latents.mean": moments.mean, "latents.std": moments.std()}
+    everywhere = replicated(mesh)
+    update = jax.jit(functools.partial(update_moments, network), out_shardings=everywhere, donate_argnums=1)
+
+    def measure(params: Params) -> Params:
+        moments = jax.device_put(Moments.zero(network.shapes["latents.mean"].shape[0]), everywhere)
+        with contextlib.closing(loader()) as reader:
+            for _ in range(-(-config.statistics.num_images // config.batch_size)):
+                moments = update(params, moments, device_batch(next(reader), mesh))
+        std = np.asarray(jax.device_get(moments.std()))
+        if not np.isfinite(std).all():
+            raise ValueError(f"{np.sum(~np.isfinite(std))} of {len(std)} latent channels are not finite")
+        if not (std > 0).all():
+            raise ValueError(
+                f"{np.sum(std == 0)} of {len(std)} latent channels do not vary over "
+                f"{int(moments.num_tokens)} features: are the images readable, and not all of one colour?"
+            )
+        logger.info("latent statistics over %d features", int(moments.num_tokens))
+        return {"latents.mean": moments.mean, "latents.std": moments.std()}
+
+    return measure
 
 
 if __name__ == "__main__":

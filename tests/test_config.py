@@ -80,7 +80,8 @@ def test_a_file_takes_an_argument(parse: Parse, file: Path) -> None:
         ("--config.num_train_steps=many", "flag --config.num_train_steps=many: invalid literal for int() "),
         ("--config.num_train_steps=2.5", "flag --config.num_train_steps=2.5: invalid literal for int() "),
         ("--config.optim.lr=fast", "flag --config.optim.lr=fast: could not convert string to float"),
-        ("--config.optim=1", "flag --config.optim=1: "),
+        ("--config.optim=1", "--config.optim=1: a section cannot be replaced by a flag: override the keys in it, or "),
+        ("--config.optim=None", "--config.optim=None: a section cannot be replaced by a flag: override the keys in it"),
         ("--config.optim.lr", "Missing value for flag --config.optim.lr"),
         # Other arguments.
         ("--workdr=x", "Unknown command line flag 'workdr'. Did you mean: workdir ?"),
@@ -109,6 +110,34 @@ def test_a_file_that_is_no_config_is_named(parse: Parse, file: Path, content: st
     with pytest.raises(SystemExit) as error:
         parse()
     assert str(error.value) == "error: " + message.format(file=file)
+
+
+CHECKED = """
+from ml_collections import ConfigDict
+
+def get_config(kind="p"):
+    if kind not in ("p", "r"):
+        raise ValueError(f"kind {kind}:\\nsay :p or :r")
+    return ConfigDict(dict(kind=kind))
+"""
+
+
+@pytest.mark.parametrize("override", [(), ("--config.kind=r",), ("--config.kin=r",)])
+def test_what_a_file_says_of_its_argument_is_one_sentence(parse: Parse, file: Path, override: tuple[str, ...]) -> None:
+    file.write_text(CHECKED)
+    assert parse(f"--config={file}:r").kind == "r"
+    with pytest.raises(SystemExit) as error:
+        parse(f"--config={file}:q", *override)
+    assert str(error.value) == "error: --config: kind q: say :p or :r"
+
+
+def test_a_file_that_takes_no_argument_says_so(parse: Parse, file: Path) -> None:
+    file.write_text(CHECKED.replace('kind="p"', "") + "kind = 'p'")
+    with pytest.raises(SystemExit) as error:
+        parse(f"--config={file}:q")
+    expected = f"error: --config: get_config() of '{file}' gets what stands after a colon: too many positional"
+    assert str(error.value).startswith(expected)
+    assert "\n" not in str(error.value)
 
 
 def test_a_mistake_inside_a_file_keeps_its_traceback(parse: Parse, file: Path) -> None:

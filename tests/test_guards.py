@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -19,7 +20,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from data_pipelines.batches import BadRecordCounter, TooManyBadRecords
-from svg_jax.checkpoint import Checkpoints, newest_step
+from svg_jax.checkpoint import Checkpoints, newest_step, open_params
 from svg_jax.distributed import EXIT_PREEMPTED
 from svg_jax.guards import Guards, SpikeDetector, TooManySkippedSteps
 from svg_jax.loop import fit
@@ -82,7 +83,7 @@ def step_of(optimiser: optax.GradientTransformation) -> Callable[[TrainState, An
             return factor * jnp.mean(jnp.square(x @ params["map.kernel"] - 1.0))
 
         value, grads = jax.value_and_grad(loss)(state.params)
-        return update(state, grads, value, batch, optimiser, 0.9)
+        return update(state, grads, value, batch["grid"][:, 0] > 0, optimiser, 0.9)
 
     return step
 
@@ -349,6 +350,19 @@ def test_a_save_that_fails_meanwhile_ends_the_run(tmp_path: Path, monkeypatch: p
     with pytest.raises(OSError, match="cannot be written"):
         run(tmp_path, {}, settings=config(log_every=1))
     assert list(losses(tmp_path)) == [0, 1]
+
+
+def test_a_state_is_made_ready_before_it_is_saved(tmp_path: Path) -> None:
+    def stamped(state: TrainState) -> TrainState:
+        return dataclasses.replace(state, frozen={"measured": state.step})
+
+    state = run(tmp_path, {}, settings=config(num_train_steps=5, **{"checkpoint.every": 2}), before_save=stamped)
+    assert int(state.frozen["measured"]) == 5
+    for step in (2, 4, 5):
+        folder = tmp_path / "checkpoints" / str(step)
+        assert folder.is_dir()
+    saved = open_params(str(tmp_path))
+    assert int(saved["frozen"]["measured"]) == 5
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["preempted", "stopped"])

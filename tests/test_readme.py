@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from pathlib import Path
 
 import pytest
 
 from data_pipelines.text import SYSTEM_PROMPTS
-from svg_jax import sample
+from svg_jax import latent_stats, reconstruct, sample
+from svg_jax.evaluate import __main__ as evaluate
 from svg_jax.flow.paths import DIFFUSION_FORMS
 from svg_jax.flow.solvers import SOLVERS
 
@@ -23,11 +25,33 @@ def test_every_solver_stands_in_the_table() -> None:
     assert len(SYSTEM_PROMPTS) == 7
 
 
-def test_flags_of_the_sampling_commands_exist() -> None:
-    known = {flag for action in sample.parser()._actions for flag in action.option_strings}
-    commands = re.findall(r"python -m svg_jax\.sample (.*)", README)
-    assert len(commands) == 2
-    assert {flag for command in commands for flag in re.findall(r"--[a-z-]+", command)} <= known
+@pytest.mark.parametrize(
+    ("door", "parser", "times"),
+    [
+        ("sample", sample.parser(), 2),
+        ("reconstruct", reconstruct.parser(), 1),
+        ("latent_stats", latent_stats.parser(), 1),
+        ("evaluate reconstruction", evaluate.parser(), 1),
+    ],
+)
+def test_flags_of_the_commands_exist(door: str, parser: argparse.ArgumentParser, times: int) -> None:
+    for command in door.split(" ")[1:]:
+        choices = next(action.choices for action in parser._actions if isinstance(action.choices, dict))
+        parser = choices[command]
+    known = {flag for action in parser._actions for flag in action.option_strings}
+    commands = re.findall(rf"python -m svg_jax\.{door} (.*)", README.replace("\\\n", " "))
+    assert len(commands) == times
+    assert {flag for command in commands for flag in re.findall(r" (--[a-z-]+)", command)} <= known
+
+
+def test_every_config_is_named() -> None:
+    named = re.findall(r"`configs/([\w{},*]+)\.py`", README)
+    patterns = [
+        re.sub(r"{([^}]*)}", lambda m: f"({m[1].replace(',', '|')})", name).replace("*", ".*") for name in named
+    ]
+    configs = {path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py")} - {"__init__"}
+    bases = {name for name in configs if name.endswith("base")}
+    assert {name for name in configs - bases if not any(re.fullmatch(pattern, name) for pattern in patterns)} == set()
 
 
 @pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md", "launch/README.md"])

@@ -16,7 +16,7 @@ from PIL import ExifTags, Image
 from data_pipelines.images import crop, decode
 from svg_jax import reconstruct
 from svg_jax.autoencoder_steps import reconstruct as reconstruct_step
-from svg_jax.checkpoint import open_params
+from svg_jax.checkpoint import load_config, open_params, save_params
 from tests.tiny_autoencoders import PLAIN, RESIDUAL, network_of, write_autoencoder, write_pictures
 
 
@@ -121,6 +121,19 @@ def test_what_cannot_be_read_is_skipped_and_said(
     assert "2 pictures were skipped" in capsys.readouterr().out
 
 
+def test_values_that_are_not_finite_are_said_and_not_shown(folder: Path, tmp_path: Path) -> None:
+    saved = {part: dict(values) for part, values in open_params(str(folder / "plain")).items()}
+    name = "decoder.conv_out.bias"
+    saved["ema"][name] = np.full_like(saved["ema"][name], np.nan)
+    save_params(str(tmp_path / "broken"), saved, load_config(str(folder / "plain")))
+    file = folder / "pictures" / "0" / "00.png"
+    with pytest.raises(
+        SystemExit, match=r"the reconstruction of .*00\.png holds values that are not finite: the weights"
+    ):
+        call(tmp_path, tmp_path / "out", file, kind="broken")
+    assert not list((tmp_path / "out").rglob("*.png"))
+
+
 @pytest.mark.parametrize(
     ("image", "more", "reason"),
     [
@@ -129,6 +142,17 @@ def test_what_cannot_be_read_is_skipped_and_said(
         ("empty", (), "empty holds no images"),
         ("good.png", ("--tile", 16), "--tile 16 is too small: it must be at least 32 pixels"),
         ("good.png", ("--resolution", 30), "resolution=30 is not a multiple of the patch size 8"),
+        ("good.png", ("--resolution", 0), "--resolution is 0: it must be at least one patch, 8 pixels"),
+        ("good.png", ("--resolution", 32, "--max-ratio", "nan"), "max_ratio=nan is not at least 1"),
+        ("good.png", ("--max-ratio", 2), "--max-ratio 2 is of the crops of --resolution: give that too"),
+        (
+            "good.png",
+            ("--out", "{here}/small.png"),
+            r"cannot write pictures to .*small\.png \(.*\): choose another --out",
+        ),
+        ("pictures", ("--out", "{here}/pictures"), "--out .* and the input .*pictures lie one in the other"),
+        ("pictures", ("--out", "{here}/pictures/deep/er"), "lie one in the other: choose another --out"),
+        ("*/*/*.png", ("--out", "{here}/before"), r"the input .*before/side_by_side/a\.png lie one in the other"),
         ("good.png", ("--match", "batch"), "--match batch is for autoencoders with a residual branch"),
         ("good.png", ("--checkpoint", "none"), "no checkpoint in .*none"),
     ],
@@ -139,5 +163,9 @@ def test_what_cannot_be_done_is_one_sentence(
     Image.new("RGB", (3, 9)).save(tmp_path / "small.png")
     Image.new("RGB", (32, 32)).save(tmp_path / "good.png")
     (tmp_path / "empty").mkdir()
+    for file in ("pictures/a.png", "before/side_by_side/a.png"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        shutil.copy(tmp_path / "good.png", tmp_path / file)
+    more = tuple(str(part).format(here=tmp_path) for part in more)
     with pytest.raises(SystemExit, match=f"error: .*{reason}"):
         call(folder, tmp_path / "out", tmp_path / image, more=more)

@@ -16,7 +16,7 @@ from PIL import Image
 from configs import autoencoder_base
 from data_pipelines.text import train_word_tokenizer
 from svg_jax import assemble, loading, sample, train_autoencoder
-from svg_jax.checkpoint import load_config
+from svg_jax.checkpoint import WrongArchitecture, load_config, load_params, save_params
 from svg_jax.convert.kinds import restored
 from svg_jax.convert.model import Model
 from svg_jax.models.autoencoder import Autoencoder, AutoencoderConfig
@@ -32,6 +32,7 @@ from tests.vectors import assert_close
 TEXT = dataclasses.replace(release.GEMMA, vocab_size=300)
 DIT = dataclasses.replace(release.DIT, text_dim=TEXT.dim)
 AUTOENCODER = {"encoder": vars(release.VIT), "decoder": vars(release.DECODER)}
+SCALAR = jax.ShapeDtypeStruct((), np.float32)
 AUTOENCODERS = {
     "p": AutoencoderConfig(release.VIT, release.DECODER),
     "r": AutoencoderConfig(
@@ -119,34 +120,57 @@ def lightning(path: Path, config: AutoencoderConfig, loss: dict[str, np.ndarray]
     (path.parent / "heads.json").write_text('{"extra_vit": {"output_dim": 8, "use_outnorm": true, "num_heads": 2}}')
 
 
-def training(folder: Path, imported: Path) -> ConfigDict:
-    """Two steps on eight pictures, from what was imported."""
+def training(folder: Path, imported: Path, *, as_run: bool) -> ConfigDict:
+    """Two steps on eight pictures, from what was imported, named as a run's workdir or as an autoencoder's."""
     config = autoencoder_base.get_config()
-    config.autoencoder = {**load_config(str(imported))["autoencoder"], "checkpoint": str(imported)}
+    config.autoencoder = {**load_config(str(imported))["autoencoder"], "checkpoint": None if as_run else str(imported)}
+    config.init_from = str(imported) if as_run else None
     config.data.update(path=str(write_pictures(folder / "pictures", 8)), resolution=32, num_threads=1)
     config.num_train_steps, config.batch_size, config.log_every, config.sample.every = 2, 8, 1, 0
     config.checkpoint.every = 2
     config.statistics.num_images = 8
-    for part in ("encoder", "decoder", "residual"):
-        if config.autoencoder[part]:
-            config.autoencoder[part].dtype = "float32"
-    config.loss.update(
-        dtype="float32", perceptual_channels=release.WIDTHS, disc_channels=4, disc_num_layers=1, disc_start=1
-    )
+    config.loss.update(perceptual_channels=release.WIDTHS, disc_channels=4, disc_num_layers=1, disc_start=1)
     return config
+
+
+def test_another_architecture_says_what_to_do(tmp_path: Path) -> None:
+    """Between Autoencoder-P and -R, and with losses, the part that one has and the other has not is named."""
+    advice = "give the config the checkpoint's sizes, or name another checkpoint"
+    shapes = {kind: Network(lambda rngs, c=c: Autoencoder(c, rngs=rngs)).shapes for kind, c in AUTOENCODERS.items()}
+    for kind, found in shapes.items():
+        arrays = {name: np.zeros(shape.shape, np.float32) for name, shape in found.items()}
+        save_params(str(tmp_path / kind), {"ema": arrays}, {})
+
+    def message(workdir: str, wanted: dict[str, jax.ShapeDtypeStruct]) -> str:
+        with pytest.raises(WrongArchitecture) as error:
+            load_params(str(tmp_path / workdir), wanted, {})
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    branch = "has a residual branch (Autoencoder-R)"
+    assert message("p", shapes["r"]).endswith(f" (only the config {branch}): {advice}")
+    assert message("r", shapes["p"]).endswith(f" (only the checkpoint {branch}): {advice}")
+    loss = dict.fromkeys(("loss.discriminator.main.0.kernel", "loss.perceptual_loss.lin0.model.1.kernel"), SCALAR)
+    both = "(only the config has a discriminator, only the config has LPIPS)"
+    assert message("p", shapes["p"] | loss).endswith(f"{both}: {advice}")
+    for wanted in ({"other": SCALAR}, dict.fromkeys(shapes["p"], SCALAR)):
+        assert message("p", wanted).endswith(f": {advice}")
+        assert "only the" not in message("p", wanted)
 
 
 @pytest.mark.parametrize("kind", ["p", "r"])
 def test_training_goes_on_from_the_release_and_back_to_it(
     tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Autoencoder-P without anything of its losses, Autoencoder-R with all of them."""
+    """Autoencoder-P without anything of its losses, Autoencoder-R with all of them; both compute in bfloat16."""
     loss = release.of_loss(layers=1) if kind == "r" else {}
     lightning(tmp_path / "in.ckpt", AUTOENCODERS[kind], loss)
     flags = ("--architecture", tmp_path / "heads.json")
     release.run("import", tmp_path / "in.ckpt", "--to", tmp_path, *flags)
     imported, run = tmp_path / "autoencoder", tmp_path / "run"
-    config = training(tmp_path, imported)
+    config = training(tmp_path, imported, as_run=kind == "r")
+    parts = [config.autoencoder[name] for name in ("encoder", "decoder", "residual")]
+    assert {part.dtype for part in parts if part} == {"bfloat16"}
     if kind == "p":
         config.loss.perceptual_weight = 0.0
     with caplog.at_level("WARNING", logger="svg_jax"):

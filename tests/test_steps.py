@@ -20,6 +20,7 @@ from svg_jax.models.autoencoder import Autoencoder, AutoencoderConfig, to_uint8
 from svg_jax.models.decoder import DecoderConfig
 from svg_jax.models.gemma2 import Gemma2, Gemma2Config
 from svg_jax.models.next_dit import NextDiT, NextDiTConfig
+from svg_jax.models.residual import ResidualConfig
 from svg_jax.models.vit import ViTConfig
 from svg_jax.nn.functional import Network, Params
 from svg_jax.parallel import batch_sharding, make_mesh, replicated
@@ -59,15 +60,17 @@ class Tiny(NamedTuple):
 @pytest.fixture(scope="module")
 def tiny() -> Tiny:
     dit = NextDiTConfig(
-        in_channels=CHANNELS, text_dim=16, dim=16, num_layers=2, num_refiner_layers=1, num_heads=2, num_kv_heads=1,
+        in_channels=CHANNELS + 4, text_dim=16, dim=16, num_layers=2, num_refiner_layers=1, num_heads=2, num_kv_heads=1,
         multiple_of=8, axes_dims=(4, 2, 2), axes_lens=(8, 8, 8),
     )  # fmt: skip
     vit = ViTConfig(dim=CHANNELS, num_layers=1, num_heads=2, hidden_dim=32, patch_size=PATCH, layer_scale=0.5)
-    decoder = DecoderConfig(z_channels=CHANNELS, channels=32, channel_multipliers=(1, 1, 1), num_res_blocks=0)
+    # With a residual branch, whose channels depend on the whole batch.
+    residual = ResidualConfig(dim=16, num_layers=1, num_heads=2, hidden_dim=32, out_channels=4, patch_size=PATCH)
+    decoder = DecoderConfig(z_channels=CHANNELS + 4, channels=32, channel_multipliers=(1, 1, 1), num_res_blocks=0)
     text = Gemma2Config.tiny(dim=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, hidden_dim=16)
     networks = Networks(
         Network(lambda rngs: NextDiT(dit, rngs=rngs)),
-        Network(lambda rngs: Autoencoder(AutoencoderConfig(vit, decoder), rngs=rngs)),
+        Network(lambda rngs: Autoencoder(AutoencoderConfig(vit, decoder, residual), rngs=rngs)),
         Network(lambda rngs: Gemma2(text, rngs=rngs)),
     )
     init = jax.jit(lambda key: [network.init(key) for network in networks])
@@ -137,7 +140,7 @@ def by_hand(tiny: Tiny) -> Callable[[int, Array], tuple[Array, Params]]:
         return jnp.mean(jnp.stack(losses))
 
     def run(parts: int, key: Array) -> tuple[Array, Params]:
-        times, noise = np.zeros(len(GRID), np.float32), np.zeros((len(GRID), TOKENS, CHANNELS), np.float32)
+        times, noise = np.zeros(len(GRID), np.float32), np.zeros((len(GRID), TOKENS, CHANNELS + 4), np.float32)
         keys = [key] if parts == 1 else jax.random.split(key, parts)
         for part in range(parts):  # a part takes every parts-th row
             time_key, noise_key = jax.random.split(keys[part])
@@ -145,7 +148,7 @@ def by_hand(tiny: Tiny) -> Callable[[int, Array], tuple[Array, Params]]:
             count = len(times[rows])
             z = jax.nn.sigmoid(jax.random.normal(time_key, (count,)))
             times[rows] = z / (z + OBJECTIVE.shift * (1 - z))
-            noise[rows] = jax.random.normal(noise_key, (count, TOKENS, CHANNELS))
+            noise[rows] = jax.random.normal(noise_key, (count, TOKENS, CHANNELS + 4))
         return loss(tiny.params, times, noise)
 
     return run
@@ -274,7 +277,7 @@ def test_sampling_is_guidance_around_the_network_and_a_solver(tiny: Tiny) -> Non
         autoencoder = tiny.networks.autoencoder(tiny.frozen["autoencoder"])
         text, dit = tiny.networks.text(tiny.frozen["text"]), tiny.networks.dit(params)
         texts = [text.features(jnp.array([ids]), jnp.ones((1, len(ids)), bool)) for ids in (prompt, negative)]
-        x = jax.random.normal(key, (6, autoencoder.config.encoder.dim))[None]
+        x = jax.random.normal(key, (6, autoencoder.config.latent_channels))[None]
         times = [u / (u + 4.0 * (1 - u)) for u in (0.0, 0.25, 0.5, 0.75, 1.0)]
         for t, after in itertools.pairwise(times):
             at = jnp.full((1,), t)

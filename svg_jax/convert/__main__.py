@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from svg_jax.config import one_sentence
-from svg_jax.convert.exports import export_weights
+from svg_jax.convert.exports import SUFFIXES, export_weights
 from svg_jax.convert.imports import import_weights
 from svg_jax.convert.inspection import inspect
 
@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
         required=True,
         type=Path,
         metavar="TARGET",
-        help="a file: .pth, .pt, .ckpt, .safetensors; or a folder, as the release or transformers has it",
+        help=f"a file: {', '.join(SUFFIXES)}; or a folder, as the release or transformers has it",
     )
     command.add_argument("--part", choices=["ema", "params"], help="moving average (default) or raw parameters")
     command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="by default as saved")

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from svg_jax.config import check_keys
 from svg_jax.convert import encoders
 from svg_jax.convert.model import Model, Shapes, count, inside, shape_of, shapes_of
 from svg_jax.convert.rules import Carried, Rule, Table, below, differences, report
@@ -25,6 +26,20 @@ from svg_jax.models.lpips import LPIPSConfig
 from svg_jax.models.residual import ResidualConfig
 
 DECODER_TABLES = {"conv": DECODER, "hy": HY_DECODER}
+ARGUMENTS = ("encoder", "decoder", "extra_vit", "resize")
+"""What `--architecture` may tell of an autoencoder."""
+
+DDCONFIG = (
+    *("z_channels", "out_ch", "ch", "ch_mult", "num_res_blocks"),
+    *("double_z", "resolution", "in_channels", "attn_resolutions", "dropout"),  # without effect on the decoder
+)
+HYCONFIG = (
+    *("z_channels", "out_channels", "block_out_channels", "num_res_blocks"),
+    *("ffactor_spatial", "ffactor_temporal", "upsample_match_channel"),
+)
+EXTRA_VIT = ("output_dim", "mask_ratio", "use_outnorm", "vit_type", "frozen", "num_heads")
+"""Arguments of the decoders and of the residual branch in the release's configs, and what weights do not tell."""
+
 RESIDUAL_SIGNS = {"rope": "extra_vit.freqs", "learnt": "extra_vit.encoder.pos_embedding"}
 
 DISCRIMINATOR_PREFIX, LPIPS_PREFIX, LOGVAR = "loss.discriminator.", "loss.perceptual_loss.", "loss.logvar"
@@ -94,6 +109,8 @@ def recognise(weights: Mapping[str, Any], structs: Mapping[str, Any], arguments:
         ValueError: A part is missing or of a kind that is not known here, or the parts do not fit together.
     """
     given, decoder = arguments or {}, inside("decoder.", structs)
+    check_keys(given, ARGUMENTS, "the autoencoder of --architecture")
+    check_keys(given.get("extra_vit") or (), EXTRA_VIT, "the extra_vit of --architecture")
     numbers, vision = encoders.below_prefix("encoder.", weights, structs)
     for name, found in (("encoder", vision), ("decoder", decoder)):
         if not found:
@@ -115,10 +132,12 @@ def recognise(weights: Mapping[str, Any], structs: Mapping[str, Any], arguments:
 def _decoder(structs: Mapping[str, Any], arguments: Mapping[str, Any] | None) -> DecoderConfig | HyDecoderConfig:
     kernel: tuple[int, ...] = structs["conv_in.weight"].shape if "conv_in.weight" in structs else ()
     if kernel[2:] == (3, 3, 3):
+        check_keys(arguments or (), HYCONFIG, "the decoder of --architecture")
         return HyDecoderConfig.from_release(dict(arguments)) if arguments else _hy_decoder(structs)
     if kernel[2:] != (3, 3):
         raise ValueError("this autoencoder has a decoder of neither published kind: not supported")
     if arguments:
+        check_keys(arguments, DDCONFIG, "the decoder of --architecture")
         return DecoderConfig.from_release(dict(arguments))
     widths = [shape_of(structs, f"up.{i}.block.0.conv1.weight", 4)[0] for i in range(count(structs, "up."))]
     channels = math.gcd(*widths)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from svg_jax.config import check_keys
 from svg_jax.convert.model import FAMILIES, Model, count, inside, shape_of, shapes_of
 from svg_jax.convert.rules import Table, below
 from svg_jax.convert.tables import BESIDE, DINOV3, LEARNT_VIT, LEARNT_VIT_TRANSFORMERS, dinov3_transformers
@@ -27,6 +28,17 @@ _SIGNS = {
     ("dinov2", ""): ("patch_embed.proj.weight", "pos_embed", "blocks.0.ls1.gamma"),
     ("mae", ""): ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight"),
 }
+_ROPE = ("base", "min_period", "max_period", "normalize_coords", "dtype")
+_ROPE_IN_TRAINING = ("shift_coords", "jitter_coords", "rescale_coords")
+DINOV3_ARGUMENTS = (
+    *("embed_dim", "depth", "num_heads", "ffn_ratio", "ffn_layer", "norm_layer", "layerscale_init", "n_storage_tokens"),
+    *("qkv_bias", "mask_k_bias", "ffn_bias", "proj_bias", "patch_size", "in_chans"),
+    *("untie_cls_and_patch_norms", "untie_global_and_local_cls_norm"),
+    *(f"pos_embed_rope_{name}" for name in (*_ROPE, *_ROPE_IN_TRAINING)),
+    *("drop_path_rate", "img_size", "device"),  # without effect on the sizes
+)
+"""Constructor arguments of the models on torch.hub."""
+
 _PREFIXES = {"dinov2": ("", "dinov2."), "mae": ("", "vit."), "siglip2": ("", "vision_model.")}
 _MODEL_TYPES = {"mae": "vit_mae", "siglip2": "siglip_vision_model"}
 
@@ -104,6 +116,7 @@ def _of_transformers(family: str, layout: str, structs: Mapping[str, Any], confi
 
 def _dinov3(weights: Mapping[str, Any], structs: Mapping[str, Any], arguments: Mapping[str, Any] | None) -> ViTConfig:
     if arguments is not None:
+        check_keys(arguments, DINOV3_ARGUMENTS, "the DINOv3 of --architecture")
         return ViTConfig.from_release(dict(arguments))
     dim, periods = shape_of(structs, "cls_token", 3)[-1], shape_of(structs, "rope_embed.periods", 1)[0]
     gated = "blocks.0.mlp.w1.weight" in structs
@@ -138,6 +151,7 @@ def _learnt(family: str, structs: Mapping[str, Any], arguments: Mapping[str, Any
         "num_storage_tokens": registers,
         "patch_size": shape_of(structs, "patch_embed.proj.weight", 4)[-1],
     }
+    check_keys(arguments or (), ("num_heads",), f"the {FAMILIES[family]} of --architecture")
     heads = (arguments or {}).get("num_heads")
     for published in (LearntViTConfig.published(name) for name in PUBLISHED):
         if heads is None and all(getattr(published, name) == value for name, value in sizes.items()):

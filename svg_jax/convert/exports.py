@@ -27,6 +27,7 @@ from svg_jax.convert.sources import CHECKPOINTS, MODEL_ARGS
 from svg_jax.nn.functional import mismatch
 
 TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
+SUFFIXES = (*TORCH_SUFFIXES, ".safetensors")
 RELEASE_NAMES = {
     "next_dit_0p8b": "NextDiT_08B_GQA_patch1_Adaln_Refiner",
     "next_dit_2p6b": "NextDiT_2B_GQA_patch1_Adaln_Refiner",
@@ -49,8 +50,8 @@ def export_weights(
 
     Args:
         workdir: One that was imported, or of a training run of ours.
-        target: A file (.pth, .pt, .ckpt, .safetensors), or a folder: a checkpoint folder of the release for a diffusion
-            transformer, one of transformers for what came from one.
+        target: A file whose name ends in one of `SUFFIXES`, or a folder: a checkpoint folder of the release for a
+            diffusion transformer, one of transformers for what came from one.
         part: `ema` or `params`; by default the moving average, and both in a folder.
         dtype: Of what holds no integers; by default as saved.
         statistics: Whether an autoencoder's latent statistics are wanted instead of its weights.
@@ -165,13 +166,11 @@ def _write(path: Path, target: Path, tensors: _Tensors, origin: Mapping[str, Any
         by_kind = "state_dict" if model.kind == "autoencoder" else None
         wrapper = origin["wrapper"] if origin.get("container") == "torch" else by_kind
         writer = formats.torch_writer(path, tensors.structs, wrapper)
-    elif target.suffix == ".safetensors":
+    elif target.suffix in SUFFIXES:
         metadata = origin["metadata"] if origin.get("container") == "safetensors" else {"format": "pt"}
         writer = formats.safetensors_writer(path, tensors.structs, metadata)
     else:
-        raise ValueError(
-            f"{target}: the name must end in {', '.join(TORCH_SUFFIXES)} or .safetensors, or have no ending"
-        )
+        raise ValueError(f"{target}: the name must end in one of {', '.join(SUFFIXES)}, or have no ending")
     with writer as write:
         for name, array in tensors:
             write(name, array)
@@ -219,8 +218,8 @@ def _export_statistics(model: Model, saved: Mapping[str, SavedParams], target: P
     """As imported; of an autoencoder one row, which the release takes for the last layer's."""
     if model.kind not in ("statistics", "autoencoder"):
         raise ValueError(f"a {model.title} has no latent statistics: name an autoencoder's workdir")
-    if target.suffix not in (*TORCH_SUFFIXES, ".safetensors"):
-        raise ValueError(f"{target}: the name of statistics must end in .pt or .safetensors")
+    if target.suffix not in SUFFIXES:
+        raise ValueError(f"{target}: the name of statistics must end in one of {', '.join(SUFFIXES)}")
     frozen = saved["frozen"]
     if model.kind == "statistics":
         arrays = {name: frozen[ours] for ours, name in zip(STATISTICS, model.layout.split(","), strict=True)}

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from svg_jax.checkpoint import FOLDER
-from svg_jax.convert import formats, kinds
+from svg_jax.config import check_keys
+from svg_jax.convert import autoencoders, formats, kinds
 from svg_jax.convert.files import check_local
 from svg_jax.convert.formats import Content, Weights
 from svg_jax.convert.model import DESCRIPTIONS, Model
 
+READ_ARCHITECTURES = ("dit", "autoencoder", "encoder")  # kinds whose sizes `--architecture` can tell
 CHECKPOINTS = {"params": "consolidated.00-of-01.pth", "ema": "consolidated_ema.00-of-01.pth"}  # of the release
 MODEL_ARGS = "model_args.pth"
 DROPPED = "a training run's own state, not weights: training here begins its own"
@@ -135,15 +137,27 @@ def recognise(source: Source, arguments: Mapping[str, Any] | None = None) -> Mod
         ValueError: It is of nothing known here, or its sizes cannot be told.
     """
     kind = kinds.kind_of(source.weights.structs)
-    if arguments is not None:
-        if not isinstance(arguments, Mapping):
-            raise ValueError(f"--architecture must hold an object, {{...}}, and holds {arguments!r}")
-        inside = kind == "autoencoder" and arguments.keys() <= {"encoder", "decoder", "extra_vit", "resize"}
-        whole = arguments.keys() & DESCRIPTIONS.keys() and not inside
-        arguments = arguments.get(str(kind)) if whole else arguments.get("model", arguments)
+    if arguments is not None and not isinstance(arguments, Mapping):
+        raise ValueError(f"--architecture must hold an object, {{...}}, and holds {arguments!r}")
     try:
+        arguments = None if arguments is None else _of_kind(str(kind), arguments)
         return kinds.recognise(
             source.weights, source.weights.structs, arguments=arguments, transformers=source.transformers
         )
     except ValueError as error:
         raise ValueError(f"{source.path}: {error}") from error
+
+
+def _of_kind(kind: str, given: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What of `--architecture` is about a kind: all of it, or what stands under the kind's name.
+
+    Raises:
+        ValueError: It has a key that nothing reads.
+    """
+    parts = autoencoders.ARGUMENTS
+    by_kind = bool(given.keys() & (DESCRIPTIONS.keys() - set(parts)))
+    all_of_it = kind == "autoencoder" and not by_kind
+    if not all_of_it and not given.keys() & DESCRIPTIONS.keys():
+        return given.get("model", given)
+    check_keys(given, READ_ARCHITECTURES if by_kind else (*READ_ARCHITECTURES, *parts), "--architecture")
+    return given if all_of_it else given.get(kind)

@@ -62,7 +62,7 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
     add("--lpips", help="workdir of LPIPS; by default the one in the autoencoder's own checkpoint")
     add("--inception", help="workdir of the Inception of FID")
     add("--no-ema", dest="ema", action="store_false", help="the raw weights instead of their average")
-    add("--dtype", help="compute type of the autoencoder: float32 or bfloat16; by default as configured")
+    add("--dtype", help=f"compute type of the autoencoder, of {', '.join(assemble.DTYPES)}; by default as configured")
     add("--match", help="how residual latents are matched: batch, per_image or none; by default as configured")
     add("--resolution", type=int, default=256, help="pixels a side (default: %(default)s)")
     add("--batch-size", type=int, default=200, help="images whose values are averaged first (default: %(default)s)")

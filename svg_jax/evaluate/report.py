@@ -27,8 +27,13 @@ COLUMNS = {"rFID": "rfid", "PSNR": "psnr", "LPIPS": "lpips", "SSIM": "ssim"}  # 
 def rank(part: Part) -> Float[np.ndarray, " images"]:
     """A number for each image of a part, the larger the better; the lowest of all where there is no number."""
     name = next(name for name in ("lpips", "ssim", "psnr") if name in part)  # what is nearest to what people see
-    values = SIGNS[name] * np.asarray(part[name], np.float64)
+    values = SIGNS[name] * values_of(part, name)
     return np.where(np.isnan(values), -np.inf, values)
+
+
+def values_of(part: Part, name: str) -> Float[np.ndarray, " images"]:
+    """Of one metric; NaN where the reconstruction is not finite, whatever its 8 bits look like."""
+    return np.where(part["finite"], np.asarray(part[name], np.float64), np.nan)
 
 
 class Picture(NamedTuple):
@@ -70,7 +75,7 @@ def summarise(results: Results, num_parts: int) -> Summary:
         rows += [{"index": index, "error": reason} for index, reason in bad]
         if not len(part["index"]):
             continue
-        values = {name: np.asarray(part[name], np.float64) for name in SIGNS if name in metrics}
+        values = {name: values_of(part, name) for name in SIGNS if name in metrics}
         for i, (index, name) in enumerate(zip(part["index"].tolist(), part["name"].tolist(), strict=True)):
             rows.append({"index": index, "name": name, **{key: float(v[i]) for key, v in values.items()}})
         for name, means in batches.items():
@@ -91,7 +96,7 @@ def summarise(results: Results, num_parts: int) -> Summary:
 
     scores: dict[str, float] = {}
     if "rfid" in metrics:
-        scores["rfid"] = frechet_distance(moments["input"], moments["reconstruction"])
+        scores["rfid"] = math.nan if num_broken else frechet_distance(moments["input"], moments["reconstruction"])
     if "psnr" in metrics:
         scores["psnr"] = float(np.mean([row["psnr"] for row in good]))
     scores |= {name: float(np.mean(means)) for name, means in batches.items()}
@@ -113,7 +118,7 @@ def _pictures(part: Part, values: Mapping[str, np.ndarray]) -> list[Picture]:
 
 
 def _spread(values: Float[np.ndarray, " images"], sign: float) -> dict[str, float]:
-    ordered = np.sort(sign * values) * sign
+    ordered = values[np.argsort(np.where(np.isnan(values), -np.inf, sign * values), kind="stable")]
     middle = ordered[(len(ordered) - 1) // 2 : len(ordered) // 2 + 1].mean()
     return {
         name: float(v)
@@ -130,7 +135,10 @@ def _warnings(scores: Mapping[str, float], num_images: int, num_bad: int, num_br
     if num_bad:
         found.append(f"{num_bad:,} of {num_bad + num_images:,} images could not be read and are left out")
     if num_broken:
-        found.append(f"{num_broken:,} of {num_images:,} reconstructions hold values that are not finite")
+        found.append(
+            f"{num_broken:,} of {num_images:,} reconstructions hold values that are not finite, so there is no score: "
+            "the weights are damaged, or too large for the compute type"
+        )
     if math.isinf(scores.get("psnr", 0.0)):
         found.append("PSNR is infinite: at least one image is reconstructed exactly")
     return found

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from svg_jax.nn.attention import attention
 from svg_jax.nn.linear import conv
 from svg_jax.nn.norms import GroupNorm
+from svg_jax.nn.stack import recomputed
 
 MakeConv = Callable[..., nnx.Module]  # (in_features, out_features, size, *, rngs, dtype), like `conv`
 
@@ -34,6 +35,7 @@ class DecoderConfig:
     channels: int = 128
     channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # from full resolution to the lowest
     num_res_blocks: int = 2
+    remat: str = "none"  # of each block, in training: see nn.stack.REMAT
     dtype: str = "float32"
 
     @property
@@ -126,7 +128,7 @@ class Level(nnx.Module):
         self, in_channels: int, out_channels: int, config: DecoderConfig, *, lowest: bool, highest: bool, rngs: nnx.Rngs
     ) -> None:
         widths = [in_channels] + [out_channels] * (config.num_res_blocks + 1)
-        dtype = config.dtype
+        self.remat, dtype = config.remat, config.dtype
         self.block = nnx.List([ResBlock(a, b, rngs=rngs, dtype=dtype) for a, b in itertools.pairwise(widths)])
         self.attn = nnx.List(
             [AttentionBlock(out_channels, rngs=rngs, dtype=dtype) for _ in widths[1:]] if lowest else []
@@ -135,10 +137,10 @@ class Level(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch h w in"]) -> Float[Array, "batch h2 w2 out"]:
         for i, block in enumerate(self.block):
-            x = block(x)
+            x = recomputed(block, self.remat)(x)
             if self.attn:
-                x = self.attn[i](x)
-        return x if self.upsample is None else self.upsample(x)
+                x = recomputed(self.attn[i], self.remat)(x)
+        return x if self.upsample is None else recomputed(self.upsample, self.remat)(x)
 
 
 class PixelDecoder(nnx.Module):

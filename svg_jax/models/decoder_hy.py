@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from svg_jax.models.decoder import Middle, PixelDecoder, ResBlock
 from svg_jax.nn.linear import PYTORCH_CONV, convolution, sharded
 from svg_jax.nn.norms import GroupNorm
+from svg_jax.nn.stack import recomputed
 
 RESIDUAL_CHANNELS = 8  # the last latents, which the first shortcut repeats where it cannot repeat all of them
 
@@ -36,6 +37,7 @@ class HyDecoderConfig:
     num_res_blocks: int = 2
     factor: int = 16  # pixels a side for one feature
     match_channels: bool = True  # an upsampling makes the width of the next level, not of its own
+    remat: str = "none"  # of each block, in training: see nn.stack.REMAT
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -125,7 +127,8 @@ def channels_to_pixels(x: Float[Array, "batch h w 4*out"]) -> Float[Array, "batc
 class Level(nnx.Module):
     """One resolution: blocks, then an upsampling unless it is one of the last."""
 
-    def __init__(self, widths: list[int], next_width: int | None, *, rngs: nnx.Rngs, dtype: str) -> None:
+    def __init__(self, widths: list[int], next_width: int | None, *, rngs: nnx.Rngs, dtype: str, remat: str) -> None:
+        self.remat = remat
         self.block = nnx.List(
             [ResBlock(a, b, rngs=rngs, dtype=dtype, make_conv=FrameConv) for a, b in itertools.pairwise(widths)]
         )
@@ -133,8 +136,8 @@ class Level(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch h w in"]) -> Float[Array, "batch h2 w2 out"]:
         for block in self.block:
-            x = block(x)
-        return x if self.upsample is None else self.upsample(x)
+            x = recomputed(block, self.remat)(x)
+        return x if self.upsample is None else recomputed(self.upsample, self.remat)(x)
 
 
 class HyDecoder(PixelDecoder):
@@ -150,7 +153,8 @@ class HyDecoder(PixelDecoder):
             next_width = None
             if i < config.num_upsamplings:
                 next_width = config.channels[i + 1] if config.match_channels else channels
-            levels.append(Level([width] + [channels] * (config.num_res_blocks + 1), next_width, rngs=rngs, dtype=dtype))
+            widths = [width] + [channels] * (config.num_res_blocks + 1)
+            levels.append(Level(widths, next_width, rngs=rngs, dtype=dtype, remat=config.remat))
             width = channels if next_width is None else next_width
         self.up = nnx.List(levels)
         self.norm_out = GroupNorm(width)

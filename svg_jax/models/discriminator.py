@@ -29,6 +29,11 @@ class DiscriminatorConfig:
     num_layers: int = 3
     dtype: str = "float32"
 
+    @property
+    def smallest_side(self) -> int:
+        """Pixels a side that leave it a place to judge: two convolutions of stride 1 each take one away."""
+        return 3 * 2**self.num_layers
+
 
 class Statistics(NamedTuple):
     """Of the inputs of a batch normalisation, one row a group of images that were normalised together."""
@@ -132,7 +137,13 @@ class PatchDiscriminator(nnx.Module):
         Raises:
             ValueError: The images are too small for a single patch.
         """
-        _check_size(images.shape[1:3], self.config.num_layers)
+        smallest = self.config.smallest_side
+        if min(images.shape[1:3]) < smallest:
+            raise ValueError(
+                f"images of {images.shape[1]} x {images.shape[2]} pixels are too small for a discriminator with "
+                f"{self.config.num_layers} layers: choose at least {smallest} pixels a side, or fewer layers "
+                "(config.loss.disc_num_layers)"
+            )
         valid = jnp.ones((images.shape[0],), bool) if valid is None else valid
         x, found = images, {}
         for i, layer in enumerate(self.main):
@@ -169,12 +180,3 @@ def _followed(old: Float[Array, " c"], values: Float[Array, "n c"], valid: Bool[
     after = jnp.cumprod(kept[::-1])[::-1] / kept  # how much of each value is left at the end
     weights = jnp.where(valid, MOMENTUM * after, 0.0)
     return jnp.prod(kept) * old + jnp.sum(weights[:, None] * values, axis=0)
-
-
-def _check_size(size: tuple[int, ...], num_layers: int) -> None:
-    smallest = 3 * 2**num_layers  # two convolutions of stride 1 each take a place away
-    if min(size) < smallest:
-        raise ValueError(
-            f"images of {size[0]} x {size[1]} pixels are too small for a discriminator with {num_layers} layers: "
-            f"choose at least {smallest} pixels a side, or fewer layers (config.loss.disc_num_layers)"
-        )

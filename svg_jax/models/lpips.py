@@ -6,6 +6,7 @@ Its weights come from two public files, see `svg_jax.adversarial.PERCEPTUAL_WEIG
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from svg_jax.nn.linear import conv
+from svg_jax.nn.stack import recomputed
 
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
 SLICES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # places of the convolutions in VGG16
 EPSILON = 1e-10
+SMALLEST_SIDE = 16  # pixels; of less, the last layer sees nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +28,7 @@ class LPIPSConfig:
     """Widths of the five slices; the defaults are VGG16's, which the published weights have."""
 
     channels: tuple[int, ...] = (64, 128, 256, 512, 512)
+    remat: str = "none"  # of each slice: see nn.stack.REMAT
     dtype: str = "float32"
 
 
@@ -32,7 +36,7 @@ class VGG16(nnx.Module):
     """The convolutional part of VGG16 (arXiv 1409.1556, column D) without its last pooling."""
 
     def __init__(self, config: LPIPSConfig, *, rngs: nnx.Rngs) -> None:
-        self.dtype = config.dtype
+        self.dtype, self.remat = config.dtype, config.remat
         width = 3
         for i, places in enumerate(SLICES):
             convs = {}
@@ -44,13 +48,18 @@ class VGG16(nnx.Module):
     def __call__(self, x: Float[Array, "batch h w 3"]) -> list[Float[Array, "batch h2 w2 c"]]:
         """What relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3 give."""
         x, found = x.astype(self.dtype), []
-        for i, places in enumerate(SLICES):
-            if i > 0:
-                x = nnx.max_pool(x, (2, 2), (2, 2))
-            for place in places:
-                x = jax.nn.relu(getattr(self, f"slice{i + 1}")[str(place)](x))
+        for i in range(len(SLICES)):
+            x = recomputed(functools.partial(self.slice, i), self.remat)(x)
             found.append(x)
         return found
+
+    def slice(self, i: int, x: Float[Array, "batch h w in"]) -> Float[Array, "batch h2 w2 out"]:
+        """Pooling, but for the first one, and convolutions."""
+        if i > 0:
+            x = nnx.max_pool(x, (2, 2), (2, 2))
+        for place in SLICES[i]:
+            x = jax.nn.relu(getattr(self, f"slice{i + 1}")[str(place)](x))
+        return x
 
 
 class Head(nnx.Module):
@@ -86,8 +95,10 @@ class LPIPS(nnx.Module):
 
     def by_layer(self, a: Float[Array, "batch h w 3"], b: Float[Array, "batch h w 3"]) -> Float[Array, "5 batch"]:
         """The terms of the sum."""
-        if min(a.shape[1:3]) < 16:
-            raise ValueError(f"LPIPS of images of {a.shape[1]} x {a.shape[2]} pixels: they need at least 16 a side")
+        if min(a.shape[1:3]) < SMALLEST_SIDE:
+            raise ValueError(
+                f"LPIPS of images of {a.shape[1]} x {a.shape[2]} pixels: they need at least {SMALLEST_SIDE} a side"
+            )
         distances = [
             getattr(self, f"lin{i}")(jnp.square(_unit(of_a) - _unit(of_b)))
             for i, (of_a, of_b) in enumerate(zip(self.features(a), self.features(b), strict=True))

@@ -33,7 +33,9 @@ class Network(Generic[Module]):
 
     def __init__(self, make: Callable[[nnx.Rngs], Module]) -> None:
         self._make = make
-        self._graphdef, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+        # Under a mesh, NNX would take the logical axes for the mesh's.
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            self._graphdef, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
         self._variables = dict(nnx.to_flat_state(state))
 
     @property

@@ -109,6 +109,13 @@ def scan_layers(
     return jax.lax.scan(step_at, x, jnp.arange(stop))
 
 
+def recomputed(layer: Callable[[Array], PyTree], remat: str) -> Callable[[Array], PyTree]:
+    """A layer that keeps no more than a policy of `REMAT` says for its backward pass."""
+    if remat not in REMAT:
+        raise ValueError(f"unknown remat policy '{remat}': choose one of {', '.join(REMAT)}")
+    return layer if remat == "none" else jax.checkpoint(lambda x: layer(x), policy=REMAT[remat])
+
+
 def _gathered(params: Any, dtype: DTypeLike | None) -> Any:
     """One layer's parameters as it uses them; vectors lie everywhere as they are."""
     flat = []

@@ -43,7 +43,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "transformers": {"encoder": vars(VIT), "origin": {"layout": "transformers"}},
 }
 CARRIED = {"loss.discriminator.main.0.weight": (4, 3, 4, 4), "loss.logvar": (), "extra_vit.heads.0.weight": (8, 16)}
-WIDTHS = (2, 3, 4, 5, 6)  # of a small VGG16, whose layers are as many as the real one's
+WIDTHS = (16, 17, 18, 19, 20)  # of a small VGG16, whose layers are as many as the real one's; narrower ones round badly
 VGG16_LAYERS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from safetensors.numpy import save_file
 
 from svg_jax.checkpoint import load_config, open_params
 from svg_jax.convert import files
+from svg_jax.convert.__main__ import EXAMPLES, parser
 from svg_jax.convert.imports import latent_statistics
 from tests.convert import release
 from tests.convert.release import gemma_config, run, state_dict, tensors, tiny, transformers_folder
@@ -441,6 +443,68 @@ def test_layers_of_several_dtypes_fail_before_anything_is_written(
 
 def test_the_two_halves_of_an_autoencoder_can_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(tensors(state_dict(tiny("autoencoder"))), tmp_path / "a.ckpt")
-    (tmp_path / "a.json").write_text(json.dumps({"encoder": {"unheard_of": 1}, "decoder": {"unheard_of": 1}}))
+    (tmp_path / "a.json").write_text(json.dumps({"encoder": {"depth": 1}, "decoder": {"ch": 1}}))
     flags = ("--to", tmp_path / "in", "--architecture", tmp_path / "a.json")
     assert "cannot be told: 'embed_dim'" in error(capsys, "import", tmp_path / "a.ckpt", *flags)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ({"autoencoder": {"encodr": {}}}, "the autoencoder of --architecture has no 'encodr': did you mean 'encoder'?"),
+        ({"autoencodr": {"encoder": {}}}, "--architecture has no 'autoencodr': did you mean 'autoencoder'?"),
+        ({"encodr": {}}, "--architecture has no 'encodr': did you mean 'encoder'?"),
+        ({"dit": {}, "extra_vit": {}}, "--architecture has no 'extra_vit': it has dit, autoencoder, encoder"),
+        ({"text_encoder": {}}, "--architecture has no 'text_encoder': did you mean 'encoder'?"),
+        (
+            {"extra_vit": {"num_head": 2}},
+            "the extra_vit of --architecture has no 'num_head': did you mean 'num_heads'?",
+        ),
+        ({"decoder": {"ch_mul": [1]}}, "the decoder of --architecture has no 'ch_mul': did you mean 'ch_mult'?"),
+        (
+            {"encoder": {"norm_layr": "x"}},
+            "the DINOv3 of --architecture has no 'norm_layr': did you mean 'norm_layer'?",
+        ),
+    ],
+)
+def test_a_misspelt_key_of_an_architecture_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], architecture: dict[str, Any], message: str
+) -> None:
+    torch.save(tensors(state_dict(tiny("autoencoder"))), tmp_path / "a.ckpt")
+    (tmp_path / "a.json").write_text(json.dumps(architecture))
+    flags = ("--to", tmp_path / "in", "--architecture", tmp_path / "a.json")
+    assert error(capsys, "import", tmp_path / "a.ckpt", *flags) == f"error: {tmp_path}/a.ckpt: {message}"
+    assert not (tmp_path / "in").exists()
+
+
+def test_the_architecture_of_one_source_leaves_the_others_alone(tmp_path: Path) -> None:
+    torch.save({"mean": torch.ones(2, 16), "std": torch.ones(2, 16)}, tmp_path / "s.pt")
+    torch.save(tensors(state_dict(tiny("autoencoder"))), tmp_path / "a.ckpt")
+    (tmp_path / "a.json").write_text(json.dumps({"resize": False, "extra_vit": {"num_heads": 2}}))
+    sources = (tmp_path / "a.ckpt", tmp_path / "s.pt")
+    run("import", *sources, "--to", tmp_path / "in", "--architecture", tmp_path / "a.json")
+    assert sorted(path.name for path in (tmp_path / "in").iterdir()) == ["autoencoder", "statistics"]
+
+
+def test_the_examples_are_commands() -> None:
+    lines = EXAMPLES.strip().splitlines()
+    for line in lines:
+        *program, _ = (words := shlex.split(line))[:4]
+        assert program == ["python", "-m", "svg_jax.convert"]
+        assert callable(parser().parse_args(words[3:]).run)
+    assert {shlex.split(line)[3] for line in lines} == {"import", "export", "inspect"}
+
+
+def test_every_ending_that_help_names_can_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("export", "--help")
+    named = re.search(r"a file: ([^;]*);", " ".join(capsys.readouterr().out.split()))
+    assert named
+    torch.save(tensors(state_dict(tiny("encoder"))), tmp_path / "w.pth")
+    run("import", tmp_path / "w.pth", "--to", tmp_path / "in")
+    assert f"the name must end in one of {named[1]}, or have no ending" in error(
+        capsys, "export", tmp_path / "in/encoder", "--to", tmp_path / "x.npz"
+    )
+    for suffix in named[1].split(", "):
+        run("export", tmp_path / "in/encoder", "--to", tmp_path / f"out{suffix}")
+        assert (tmp_path / f"out{suffix}").stat().st_size > 0

@@ -258,7 +258,7 @@ def test_grids_without_an_image_are_left_out() -> None:
         ({"batch_size": 6, "process_count": 4}, "batch_size=6 does not divide over 4 processes"),
         ({"process_index": 1}, "process_index=1 is not in 0 to 0"),
         ({"resolution": 30}, "resolution=30 is not a multiple of the patch size 4"),
-        ({"max_ratio": 0.5}, r"max_ratio=0\.5 is below 1"),
+        ({"max_ratio": 0.5}, r"max_ratio=0\.5 is not at least 1"),
         ({"seed": -1}, "seed=-1 is not in"),
     ],
 )

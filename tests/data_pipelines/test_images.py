@@ -97,9 +97,10 @@ def test_resolution_must_be_a_multiple_of_the_patch(resolution: int, nearest: li
     assert all(value in str(error.value) for value in nearest)
 
 
-def test_ratio_below_one_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"max_ratio=0\.5 is below 1"):
-        images.crop_sizes(256, 16, 0.5)
+@pytest.mark.parametrize("ratio", [0.5, float("nan")])
+def test_ratio_below_one_is_an_error(ratio: float) -> None:
+    with pytest.raises(ValueError, match=f"max_ratio={ratio} is not at least 1"):
+        images.crop_sizes(256, 16, ratio)
 
 
 def test_patches_are_row_major_and_channel_fastest() -> None:

@@ -309,24 +309,39 @@ def test_sigterm_ends_after_a_batch_and_the_next_run_goes_on(
 
 
 def test_reconstructions_that_are_not_finite_are_told_and_shown_as_worst(tmp_path: Path) -> None:
-    results = Results(str(tmp_path), {"data": "x", "metrics": ["psnr", "ssim"]})
+    results = Results(str(tmp_path), {"data": "x", "metrics": ["psnr", "ssim", "rfid"]})
+    generator = np.random.default_rng(0)
     part = {
         "index": np.arange(3),
         "name": np.array(["a", "b", "c"]),
         "bad_index": np.array([], np.int64),
         "bad_reason": np.array([], np.str_),
-        "psnr": np.array([20.0, 5.0, np.inf]),
-        "ssim": np.array([0.5, np.nan, 1.0]),
+        "psnr": np.array([20.0, 5.0, np.inf]),  # of 8 bits, where a pixel is black that is no number
+        "ssim": np.array([0.5, 0.9, 1.0]),
         "finite": np.array([True, False, True]),
+        "features_input": generator.standard_normal((3, 2)),
+        "features_reconstruction": generator.standard_normal((3, 2)),
     }
     shown = pictures(np.zeros((3, 8, 8, 3), np.uint8), np.full((3, 8, 8, 3), 9, np.uint8), rank(part))
     results.save(0, {**part, **shown})
     summary = summarise(results, 1)
     assert [picture.caption[0] for picture in summary.worst] == ["b", "a", "c"]
     assert [picture.caption[0] for picture in summary.best] == ["c", "a", "b"]
-    assert summary.warnings[0] == "1 of 3 reconstructions hold values that are not finite"
-    assert "PSNR is infinite" in summary.warnings[1]
+    _, warning = summary.warnings
+    assert warning.startswith("1 of 3 reconstructions hold values that are not finite, so there is no score")
     write_report(results, 1)
     report = json.loads((tmp_path / "results.json").read_text())
-    assert report["scores"] == {"psnr": None, "ssim": None}
+    assert report["scores"] == {"rfid": None, "psnr": None, "ssim": None}
+    assert report["per_image"]["ssim"] == {"mean": None, "median": 0.5, "worst": None, "best": 1.0}
+    assert [line["psnr"] for line in lines(tmp_path)] == [20.0, None, None]
+    assert "| PSNR (dB) | nan |" in (tmp_path / "results.md").read_text()
+
+
+def test_exact_reconstructions_have_infinite_psnr(tmp_path: Path) -> None:
+    results = Results(str(tmp_path), {"data": "x", "metrics": ["psnr"]})
+    part = {"index": np.arange(2), "name": np.array(["a", "b"]), "bad_index": np.array([]), "bad_reason": np.array([])}
+    results.save(0, {**part, "psnr": np.array([20.0, np.inf]), "finite": np.array([True, True])})
+    assert summarise(results, 1).warnings == ["PSNR is infinite: at least one image is reconstructed exactly"]
+    write_report(results, 1)
+    assert json.loads((tmp_path / "results.json").read_text())["scores"] == {"psnr": None}
     assert "| PSNR (dB) | inf |" in (tmp_path / "results.md").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -11,7 +12,9 @@ import pytest
 
 from svg_jax.convert.rules import to_jax, to_release
 from svg_jax.convert.tables import DECODER
+from svg_jax.models.autoencoder import DECODERS
 from svg_jax.models.decoder import Decoder, DecoderConfig, decode_in_tiles
+from svg_jax.models.decoder_hy import HyDecoderConfig
 from svg_jax.nn.functional import Network, Params
 from tests.vectors import Case, assert_close
 
@@ -165,3 +168,26 @@ def test_tiles_need_the_memory_of_one() -> None:
         return jax.jit(decode).lower(network.shapes, z).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary(8) < temporary(None) / 3
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        DecoderConfig(z_channels=8, channels=32, channel_multipliers=(1, 1), num_res_blocks=0),
+        HyDecoderConfig(z_channels=8, channels=(32, 32), num_res_blocks=0, factor=2),
+    ],
+    ids=["conv", "hy"],
+)
+def test_recomputing_blocks_changes_no_gradient(sizes: DecoderConfig | HyDecoderConfig) -> None:
+    z = np.random.default_rng(0).normal(size=(1, 3, 4, 8)).astype(np.float32)
+    _, module = DECODERS[sizes.family]
+    params, found = None, []
+    for remat in ("none", "full"):
+        config = dataclasses.replace(sizes, remat=remat)
+        network = Network(lambda rngs, config=config: module(config, rngs=rngs))
+        params = jax.jit(network.init)(jax.random.key(0)) if params is None else params
+        gradient = jax.jit(jax.grad(lambda p, network=network: jnp.sum(jnp.square(network(p)(z)))))
+        assert ("remat" in str(jax.make_jaxpr(gradient)(params))) == (remat == "full")
+        found.append(gradient(params))
+    for name, value in found[0].items():
+        assert_close(found[1][name], value, 1e-6, name)

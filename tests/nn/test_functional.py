@@ -63,6 +63,14 @@ def test_names_shapes_and_axes() -> None:
         assert (axes[0] == "layers") == name.startswith("layers."), name
 
 
+def test_a_network_is_the_same_under_a_mesh() -> None:
+    """NNX would take logical axes for those of the mesh."""
+    with jax.set_mesh(make_mesh({"fsdp": 8})):
+        found = Network(lambda rngs: Model(rngs=rngs))
+        assert found.shapes == NETWORK.shapes
+        assert found.axes == NETWORK.axes
+
+
 def test_init_makes_each_parameter_where_it_lives() -> None:
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
     shardings = param_shardings(NETWORK.shapes, NETWORK.axes, mesh)
