@@ -137,8 +137,8 @@ def autoencoder_program(config: ConfigDict, mesh: Mesh) -> Training[AutoencoderN
     if (smallest := min(assemble.crop_sides(config))) < loss.smallest_side:
         raise ValueError(
             f"crops of config.data.resolution={side} have sides of {smallest} pixels, and the networks of the loss "
-            f"need {loss.smallest_side}: choose a larger resolution, a smaller data.max_ratio, fewer loss.disc_num_layers, "
-            "or loss.perceptual_weight=0"
+            f"need {loss.smallest_side}: choose a larger resolution, a smaller data.max_ratio, fewer "
+            "loss.disc_num_layers, or loss.perceptual_weight=0"
         )
     optimiser = assemble.optimiser(config)
     create = functools.partial(_autoencoder_state, sizes=sizes, loss=loss, optimiser=optimiser, seed=config.seed)
