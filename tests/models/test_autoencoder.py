@@ -25,7 +25,8 @@ from tests.vectors import assert_close
 
 def tiny() -> AutoencoderConfig:
     sizes = tiny_autoencoder.autoencoder()
-    return AutoencoderConfig(ViTConfig(**sizes["encoder"]), DecoderConfig(**sizes["decoder"]))
+    encoder = ViTConfig(**sizes["encoder"])
+    return AutoencoderConfig(encoder, DecoderConfig(**{**sizes["decoder"], "z_channels": encoder.dim}))
 
 
 def tiny_r(**changes: object) -> AutoencoderConfig:
