@@ -4,7 +4,7 @@ python -m svg_jax.train_autoencoder --config=configs/tiny_autoencoder_photograph
     --workdir=out/demo/autoencoder_photographs_r --config.data.path=out/demo/photographs_data/records.jsonl
 
 `:p` leaves the residual branch out. Hardware: two CPU cores, a few minutes.
-Expected: with the branch, reconstructions are closer at equal steps (benchmarks/README.md has the figures).
+Expected: with the branch, reconstructions are closer at equal steps (benchmarks/README.md).
 """
 
 from ml_collections import ConfigDict
