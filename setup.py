@@ -73,7 +73,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["svg_jax*", "data_pipelines*", "configs*"]),
-    package_data={"svg_jax": ["demo.html.j2", "samples.html.j2"], "svg_jax.evaluate": ["*.html.j2"]},
+    package_data={
+        "data_pipelines": ["*.html.j2"],
+        "svg_jax": ["demo.html.j2", "samples.html.j2"],
+        "svg_jax.evaluate": ["*.html.j2"],
+    },
     install_requires=DEPENDENCIES,
     extras_require=EXTRAS,
 )

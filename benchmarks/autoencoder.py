@@ -64,11 +64,18 @@ def images(shape: Shape) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, size).astype(np.uint8)
 
 
+def device_batch(shape: Shape) -> dict[str, jax.Array]:
+    """All slots hold an image."""
+    slots = (shape.batch,)
+    pixels = jax.numpy.asarray(images(shape))
+    return {"images": pixels, "valid": jax.numpy.ones(slots, bool), "cause": jax.numpy.zeros(slots, "int32")}
+
+
 def train_step(shape: Shape) -> tuple[Callable[[], Any], int]:
     """A function that makes one update, and the number of trained parameters."""
     step, create = jitted_step(shape)
     state = jax.jit(create)(jax.random.key(0))
-    batch = {"images": jax.numpy.asarray(images(shape)), "valid": jax.numpy.ones((shape.batch,), bool)}
+    batch = device_batch(shape)
     parameters = sum(p.size for p in state.params.values())
     start = time.perf_counter()
     lowered = step.lower(state, batch)
@@ -98,7 +105,7 @@ def check(shape: Shape) -> None:
     step, create = jitted_step(shape)
     state = jax.jit(create)(jax.random.key(0))
     params: Params = {**state.frozen, **state.params}
-    batch = {"images": jax.numpy.asarray(images(shape)), "valid": jax.numpy.ones((shape.batch,), bool)}
+    batch = device_batch(shape)
     model = autoencoder_peer.Networks(shape)
     with torch.no_grad():
         for prefix, rules in TABLES.items():

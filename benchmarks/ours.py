@@ -82,6 +82,7 @@ def jitted_step(shape: Shape, **changes: Any) -> tuple[Any, Callable[[Array], Tr
         "grid": jnp.tile(jnp.array([[shape.rows, shape.cols]], jnp.int32), (shape.batch, 1)),
         "tokens": jax.random.normal(text_key, (shape.batch, shape.text_tokens, shape.text_dim)),
         "num_tokens": jnp.full((shape.batch,), shape.text_tokens, jnp.int32),
+        "cause": jnp.zeros((shape.batch,), jnp.int32),
     }
     return jax.jit(step, donate_argnums=0), create, ({"autoencoder": {}, "text": {}}, batch)
 

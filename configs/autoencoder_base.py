@@ -36,8 +36,7 @@ def get_config(*, residual: bool = False) -> ConfigDict:
     config.data.max_ratio = 1.0  # of the sides of a crop; above 1, each batch has one of the sizes of that many pixels
     config.data.random_crop = True  # (released, for ImageNet) a random window instead of the centre
     config.data.max_bad_fraction = 0.01  # (ours) a run stops when more records than this cannot be read
-    config.data.num_threads = 8
-    config.data.prefetch = 8  # batches held on the host
+    base.add_reading(config)
 
     config.statistics = ConfigDict()
     config.statistics.num_images = 4096  # whose features give mean and standard deviation of the latents

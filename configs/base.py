@@ -44,6 +44,7 @@ def get_config() -> ConfigDict:
     config.text.checkpoint = placeholder(str)  # converted Gemma-2-2B
     config.text.tokenizer = placeholder(str)  # folder with its tokeniser, as transformers saves it
     config.text.max_tokens = 512  # (released scripts)
+    config.text.max_tokens_packed = placeholder(int)  # of all captions of a sequence, where data.pack is above 1
     config.text.system_prompt = placeholder(
         str
     )  # by default the kind of record says in training, and `base` in sampling
@@ -54,9 +55,9 @@ def get_config() -> ConfigDict:
     config.data.resolution = 256  # pixels a side of the square whose patches are the token budget
     config.data.max_ratio = 4.0  # (released) of the sides of a crop
     config.data.caption_dropout = 0.1  # (released)
+    config.data.pack = 1  # (released) images that share a sequence, each seeing itself and its caption only
     config.data.max_bad_fraction = 0.01  # (ours) a run stops when more records than this cannot be read
-    config.data.num_threads = 8
-    config.data.prefetch = 8  # batches held on the host
+    add_reading(config)
 
     config.flow = ConfigDict()
     config.flow.path = "Linear"  # (released)
@@ -96,6 +97,15 @@ def get_config() -> ConfigDict:
     config.sample.shift = 10.0  # (released) toward noise
     config.sample.batch_size = 4
     return config
+
+
+def add_reading(config: ConfigDict) -> None:
+    """How the host reads. The order of the data depends on none of it, and all may change when a run goes on."""
+    config.data.num_threads = 8  # records read at the same time, in each worker
+    config.data.num_workers = 0  # (ours) processes that read, a host; 0: the training process alone
+    config.data.prefetch = 8  # batches held on the host
+    # Of images at gs://, s3:// or http(s)://, see data_pipelines/files.py. Then the record is skipped.
+    config.data.remote = ConfigDict(dict(timeout=30.0, retries=4, backoff=1.0))  # (ours) seconds, times, seconds
 
 
 def add_running(config: ConfigDict) -> None:

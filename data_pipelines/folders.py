@@ -40,7 +40,7 @@ class ImageFolder:
     def __getitem__(self, index: int) -> Record:
         index = range(len(self))[index]
         path = str(self._folder / self._files[index])
-        return Record(index, path, None, "base", path)
+        return Record(index, path, path)
 
     @property
     def signature(self) -> str:

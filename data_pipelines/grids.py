@@ -18,35 +18,32 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import sys
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from typing import NamedTuple, TypedDict
 
 import numpy as np
-from absl import logging
 from numpy.typing import NDArray
 
-from data_pipelines import images
+from data_pipelines import images, mixture
+from data_pipelines.broken import read_all
 from data_pipelines.images import Size
 from data_pipelines.order import CROP_KEY, STEPS_KEY, check_seed, random_word, share_of, shuffled_index
-from data_pipelines.records import BadRecord
 from data_pipelines.sizes import image_sizes
 from data_pipelines.sources import Source
-
-_SECONDS_BETWEEN_WARNINGS = 10
 
 
 class GridBatch(TypedDict):
     """One process's slice of a global batch: b slots, all images of one size.
 
-    A slot whose record turns out to be broken is black and not valid. The last two entries are for the host and never
-    go to a device.
+    A slot whose record turns out to be broken has a cause, is black and not valid. The last entry is for the host and
+    never goes to a device.
     """
 
     images: NDArray[np.uint8]  # [b, height, width, 3]
     valid: NDArray[np.bool_]  # [b]
+    cause: NDArray[np.int32]  # [b] 0, or why it is not valid: 1 + the position in `records.Cause`
     record: NDArray[np.int64]  # [b] index in the source
-    num_bad: int  # slots without an image
 
 
 class Grid(NamedTuple):
@@ -112,6 +109,11 @@ class GridBatches:
         self.grids = [Grid((resolution, resolution), range(len(source)))]
         self.num_without_size = 0
         if max_ratio != 1:
+            if isinstance(source, mixture.Mixture) and source.shares is not None:
+                raise ValueError(
+                    f"{source.name} gives weights, which batches by grid cannot keep: give its lists a ratio instead "
+                    "of a weight, or train with config.data.max_ratio=1"
+                )
             sizes = image_sizes(source)
             self.num_without_size = int((sizes[:, 0] == 0).sum())
             self.grids = by_grid(sizes, images.crop_sizes(resolution, patch_size, max_ratio))
@@ -124,26 +126,22 @@ class GridBatches:
         self._counts = [len(grid.records) for grid in self.grids]
         self._batch_size, self._seed, self._shuffle, self._random_crop = batch_size, seed, shuffle, random_crop
 
-    def __len__(self) -> int:
-        return sys.maxsize
-
     def __getitem__(self, step: int) -> GridBatch:
+        return self.read(step)
+
+    def read(self, step: int, threads: Executor | None = None) -> GridBatch:
+        """The batch of a step >= 0, its records read in `threads`, or in the caller's thread."""
         (width, height), draws = self.draws(step)
         mine = [draws[slot] for slot in self._slots]
+        record_ids = [draw.record for draw in mine]
         pixels = np.zeros((len(mine), height, width, 3), np.uint8)
-        valid = np.zeros(len(mine), np.bool_)
-        for slot, (epoch, record) in enumerate(mine):
-            try:
-                image = images.read(self.source[record])
-            except BadRecord as error:
-                logging.log_every_n_seconds(
-                    logging.WARNING, "record %d skipped: %s", _SECONDS_BETWEEN_WARNINGS, record, error
-                )
-                continue
-            pixels[slot] = np.asarray(images.crop(image, (width, height), self._window(epoch, record)))
-            valid[slot] = True
-        record_ids = np.array([draw.record for draw in mine], np.int64)
-        return GridBatch(images=pixels, valid=valid, record=record_ids, num_bad=int((~valid).sum()))
+
+        def fill(slot: int) -> None:
+            record = self.source[mine[slot].record]
+            pixels[slot] = np.asarray(images.read_for(record, [(width, height)], self._window(*mine[slot])))
+
+        _, cause = read_all(fill, record_ids, threads)
+        return GridBatch(images=pixels, valid=cause == 0, cause=cause, record=np.array(record_ids, np.int64))
 
     def draws(self, step: int) -> tuple[Size, list[Draw]]:
         """The size of a global batch, and what its slots hold, those of other processes too."""
@@ -151,6 +149,9 @@ class GridBatches:
         size, records = self.grids[grid]
         draws = []
         for k in range(batch * self._batch_size, (batch + 1) * self._batch_size):
+            if isinstance(records, range):  # all there are
+                draws.append(Draw(*mixture.draw(self.source, k, self._seed, self._shuffle)))
+                continue
             epoch, place = divmod(k, len(records))
             index = shuffled_index(place, len(records), self._seed, epoch) if self._shuffle else place
             draws.append(Draw(epoch, int(records[index])))

@@ -1,51 +1,66 @@
 """Image files to RGB, RGB to one of the crop sizes, a crop to patch tokens.
 
 The crop list, the choice of a crop and the resampling are those of the SVG-T2I release, exact to the byte with one
-version of Pillow. Sizes are (width, height) as in Pillow; grids are (rows, columns) as in arrays.
+version of Pillow. `read_for` takes two short cuts where the release halves an image, and says how close it stays.
+Sizes are (width, height) as in Pillow; grids are (rows, columns) as in arrays.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-from data_pipelines.records import BadRecord, Record
+from data_pipelines import files
+from data_pipelines.records import BadRecord, Cause, Record
 
 Size = tuple[int, int]
 
+# The largest image that is decoded, half a gigabyte in Pillow: a few hundred bytes can claim to be more. Pillow itself
+# warns from 2^30 / 12 pixels on and refuses twice that.
+MAX_PIXELS = 1 << 27
+
+# Nothing else is tried, whatever Pillow knows: its EPS reader, for one, would run Ghostscript on a stranger's program.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
+
+# How an image of each EXIF orientation is put upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+_MOST_TO_RESIZE = 16  # a resized image may have so many times the pixels of the crop
 
 
 def decode(file: str | os.PathLike[str] | BinaryIO, name: str | None = None) -> Image.Image:
     """Reads an image file as 8-bit RGB, upright by its EXIF orientation; of an animation, the first frame.
 
     Args:
-      file: a path, or an open binary file.
+      file: a path or an address, see `files`; or an open binary file, which is read from its beginning.
       name: what to call the file in messages; its path if None.
 
     Raises:
-      BadRecord: the file cannot be read as an image, or its mode cannot become RGB.
+      BadRecord: the file cannot be read as an image, has more than MAX_PIXELS, or its mode cannot become RGB.
     """
     name = name or str(file)
-    try:
-        with Image.open(file) as image:
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return to_rgb(image)
-    except FileNotFoundError as error:
-        raise BadRecord(f"image {name} does not exist") from error
-    except BadRecord as error:
-        raise BadRecord(f"image {name} cannot be used: {error}") from error
-    # Pillow's decoders answer broken bytes with OSError, SyntaxError, struct.error, IndexError and many others.
-    except Exception as error:
-        raise BadRecord(f"image {name} cannot be read ({type(error).__name__}: {error})") from error
+    if isinstance(file, (str, os.PathLike)):
+        file = _content(file)
+    with _opened(file, name) as image:
+        return _upright_rgb(image)
 
 
 def upright_size(file: str | os.PathLike[str] | BinaryIO, name: str | None = None) -> Size:
@@ -54,22 +69,20 @@ def upright_size(file: str | os.PathLike[str] | BinaryIO, name: str | None = Non
     Orientation that stands behind the pixels (a PNG may have it there) is not seen.
 
     Args:
-      file: a path, or an open binary file.
+      file: a path or an address, or an open binary file.
       name: what to call the file in messages; its path if None.
 
     Raises:
-      BadRecord: the header cannot be read.
+      BadRecord: the header cannot be read, or says more than MAX_PIXELS.
     """
     name = name or str(file)
-    try:
-        with Image.open(file) as image:
-            # Pillow turns TIFF files itself; its `getexif` of a PNG would decode the pixels in search of more.
-            orientation = 1 if image.format == "TIFF" else Image.Image.getexif(image).get(ExifTags.Base.Orientation)
-            return (image.height, image.width) if orientation in (5, 6, 7, 8) else image.size
-    except FileNotFoundError as error:
-        raise BadRecord(f"image {name} does not exist") from error
-    except Exception as error:  # as in `decode`
-        raise BadRecord(f"image {name} cannot be read ({type(error).__name__}: {error})") from error
+    if isinstance(file, (str, os.PathLike)):
+        with _about("image"):
+            opened = files.open_file(file)
+        with opened:
+            return upright_size(opened, name)
+    with _opened(file, name) as image:
+        return _upright_size(image)
 
 
 def read(record: Record) -> Image.Image:
@@ -78,10 +91,37 @@ def read(record: Record) -> Image.Image:
     Raises:
       BadRecord: it cannot be read; the message begins with where the record stands.
     """
-    try:
+    with _about(f"{record.where}:"):
         return decode(_file(record), record.path)
-    except BadRecord as error:
-        raise BadRecord(f"{record.where}: {error}") from error
+
+
+def read_for(
+    record: Record, sizes: Sequence[Size], words: tuple[int, int] | None = None, *, exact: bool = False
+) -> Image.Image:
+    """The image of a record at its nearest size: `nearest_size` and `crop` of what `read` gives.
+
+    It is that to the byte with `exact`, or where the crop does not halve the image. Where it does, two short cuts are
+    taken, each only for a side that is even at that point, so that no pixel moves:
+
+    * a JPEG file is decoded at a half, a quarter or an eighth of its size (the decoder leaves high frequencies out);
+    * pairs of pixels are averaged in whole numbers, rounded once and not once for each direction.
+
+    On photographs of up to 16 times the crop's sides (four halvings), the PSNR to the exact crop is above 40 dB and the
+    mean difference below 2 of 255. Most of that is rounding: the exact way brightens an image by 0.4 with each halving.
+
+    Args:
+      record: what to read.
+      sizes: to choose from.
+      words: as in `crop`.
+      exact: take no short cut.
+
+    Raises:
+      BadRecord: it cannot be read; the message begins with where the record stands.
+    """
+    with _about(f"{record.where}:"), _opened(_file(record), record.path) as image:
+        size = None if exact else _draft(image, sizes)
+        rgb = _upright_rgb(image)
+    return crop(rgb, size or nearest_size(rgb.size, sizes), words, exact=exact)
 
 
 def read_size(record: Record) -> Size:
@@ -90,14 +130,114 @@ def read_size(record: Record) -> Size:
     Raises:
       BadRecord: the header cannot be read; the message begins with where the record stands.
     """
+    with _about(f"{record.where}:"):
+        return record.size or upright_size(record.path if record.image is None else _file(record), record.path)
+
+
+def _file(record: Record) -> BinaryIO:
+    return _content(record.path) if record.image is None else io.BytesIO(record.image)
+
+
+def _content(path: str | os.PathLike[str]) -> BinaryIO:
+    with _about("image"):
+        return io.BytesIO(files.read_bytes(path))
+
+
+@contextlib.contextmanager
+def _about(subject: str) -> Iterator[None]:
+    """Puts some words before the message of a BadRecord."""
     try:
-        return record.size or upright_size(_file(record), record.path)
+        yield
     except BadRecord as error:
-        raise BadRecord(f"{record.where}: {error}") from error
+        raise BadRecord(error.cause, f"{subject} {error}") from error
 
 
-def _file(record: Record) -> str | BinaryIO:
-    return record.path if record.image is None else io.BytesIO(record.image)
+@contextlib.contextmanager
+def _opened(file: BinaryIO, name: str) -> Iterator[Image.Image]:
+    """An image whose header is read; whatever goes wrong with it then is a BadRecord too."""
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BadRecord(Cause.TOO_LARGE, f"it has {image.width} x {image.height} pixels, above {MAX_PIXELS}")
+            yield image
+    except BadRecord as error:
+        raise BadRecord(error.cause, f"image {name} cannot be used: {error}") from error
+    except UnidentifiedImageError as error:
+        raise _unknown(file, name) from error
+    # Pillow's decoders answer broken bytes with OSError, SyntaxError, struct.error, IndexError and many others.
+    except Exception as error:
+        cause = _cause(error, file)
+        raise BadRecord(cause, f"image {name} cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _unknown(file: BinaryIO, name: str) -> BadRecord:
+    """For bytes that no format of ours accepts."""
+    file.seek(0)
+    start = file.read(16)
+    if not start:
+        return BadRecord(Cause.EMPTY, f"image {name} is empty")
+    for image_format in FORMATS:
+        accepts = Image.OPEN[image_format][1]
+        if accepts is not None and accepts(start) is True:
+            return BadRecord(Cause.DAMAGED, f"image {name} begins as {image_format} does, but cannot be read as such")
+    return BadRecord(Cause.NOT_AN_IMAGE, f"image {name} is none: it begins {start!r}; expected {', '.join(FORMATS)}")
+
+
+def _cause(error: Exception, file: BinaryIO) -> Cause:
+    """What Pillow's error is about."""
+    message = str(error).lower()
+    # The warning is raised where warnings are errors; "too large" is said of compressed text in a PNG.
+    bombs = Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError
+    if isinstance(error, bombs) or "too large" in message:
+        return Cause.TOO_LARGE
+    if isinstance(error, EOFError) or "truncated" in message:
+        return Cause.TRUNCATED
+    file.seek(0)
+    start = file.read(12)
+    if start[:4] == b"RIFF" and start[8:] == b"WEBP":  # whose decoder only says that it fails
+        num_bytes = file.seek(0, os.SEEK_END)
+        if num_bytes < 8 + int.from_bytes(start[4:8], "little"):
+            return Cause.TRUNCATED
+    return Cause.DAMAGED
+
+
+def _orientation(image: Image.Image) -> int:
+    """As the EXIF data say; 1 is upright, also where they are broken: the pixels need not be."""
+    try:
+        # Of a header, the `getexif` of a PNG would decode the pixels in search of more.
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except Exception:  # as from the decoders
+        return 1
+    return orientation if orientation in _TURNS else 1
+
+
+def _upright_size(image: Image.Image) -> Size:
+    """From the header. Pillow turns TIFF files itself."""
+    turned = image.format != "TIFF" and _orientation(image) >= 5
+    return (image.height, image.width) if turned else image.size
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    orientation = _orientation(image)
+    rgb = to_rgb(image)
+    return rgb if orientation == 1 else rgb.transpose(_TURNS[orientation])
+
+
+def _draft(image: Image.Image, sizes: Sequence[Size]) -> Size | None:
+    """Has a JPEG file decoded at a fraction of its size, where `crop` would halve it as often; the size for that crop.
+
+    None for other formats: only their pixels may say how they stand.
+    """
+    if image.format not in ("JPEG", "MPO"):
+        return None
+    full = _upright_size(image)
+    size = nearest_size(full, sizes)
+    for factor in (8, 4, 2):
+        if all(side % factor == 0 and side >= factor * least for side, least in zip(full, size, strict=True)):
+            image.draft(None, (image.width // factor, image.height // factor))
+            break
+    return size
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -109,7 +249,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in _SIXTEEN_BIT_MODES or image.mode == "I":
         values = np.asarray(image)
         if image.mode == "I" and (values.min() < 0 or values.max() > 65535):
-            raise BadRecord(f"its mode I (32-bit integers) holds {values.min()} to {values.max()}; expected 0 to 65535")
+            found = f"{values.min()} to {values.max()}"
+            raise BadRecord(Cause.MODE, f"its mode I (32-bit integers) holds {found}; expected 0 to 65535")
         # 65535 = 255 * 257, so this is the division rounded to nearest.
         return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
@@ -118,7 +259,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white.paste(image, mask=image.getchannel("A"))
         return white
     if image.mode == "F":
-        raise BadRecord("its mode F (floats) has no defined white; expected 8 or 16 bits a channel")
+        raise BadRecord(Cause.MODE, "its mode F (floats) has no defined white; expected 8 or 16 bits a channel")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -173,26 +314,38 @@ def nearest_size(image_size: Size, sizes: Sequence[Size]) -> Size:
     return max(sizes, key=lambda size: (min(size[0] / w, size[1] / h) / max(size[0] / w, size[1] / h), size))
 
 
-def crop(image: Image.Image, size: Size, words: tuple[int, int] | None = None) -> Image.Image:
+def crop(image: Image.Image, size: Size, words: tuple[int, int] | None = None, *, exact: bool = True) -> Image.Image:
     """Resizes an image to cover `size` (width, height) and cuts the centre out.
 
     Large images are first halved with a box filter while both sides are at least twice the target, then resized
     bicubically. For a square target this is the centre crop of ADM (Dhariwal and Nichol, arXiv:2105.05233), the one
     that evaluation uses.
 
+    Of an image much longer than the target, only the window is resized, which may round a value the other way: one
+    pixel by 60,000 would become 3 GB first.
+
     Args:
       image: any size.
       size: of the result.
       words: two random numbers that choose another window than the centre, each uniform over a range much larger than
         the image.
+      exact: halve as the release does; else even sides faster, see `read_for`.
     """
     while image.width >= 2 * size[0] and image.height >= 2 * size[1]:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+        half = (image.width // 2, image.height // 2)
+        if not exact:
+            image = image.reduce((2 - image.width % 2, 2 - image.height % 2))
+        image = image.resize(half, Image.Resampling.BOX)
     scale = max(size[0] / image.width, size[1] / image.height)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    spare = image.width - size[0], image.height - size[1]
+    width, height = round(image.width * scale), round(image.height * scale)
+    spare = width - size[0], height - size[1]
     left, top = (s // 2 if words is None else words[i] % (s + 1) for i, s in enumerate(spare))
-    return image.crop((left, top, left + size[0], top + size[1]))
+    window = (left, top, left + size[0], top + size[1])
+    if width * height > _MOST_TO_RESIZE * size[0] * size[1]:
+        across, down = image.width / width, image.height / height
+        box = (left * across, top * down, min(window[2] * across, image.width), min(window[3] * down, image.height))
+        return image.resize(size, Image.Resampling.BICUBIC, box)
+    return image.resize((width, height), Image.Resampling.BICUBIC).crop(window)
 
 
 def patchify(
@@ -214,7 +367,7 @@ def patchify(
         raise ValueError(f"{rows} x {columns} patches exceed the token budget {budget}")
     tokens = pixels.reshape(rows, patch_size, columns, patch_size, channels).swapaxes(1, 2)
     patches = np.zeros((budget, patch_size * patch_size * channels), np.uint8)
-    patches[: rows * columns] = tokens.reshape(rows * columns, -1)
+    patches[: rows * columns].reshape(tokens.shape)[...] = tokens  # one copy
     return patches, np.array([rows, columns], np.int32)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from grain.experimental import index_shuffle
 
 # First word of every key that randomness is drawn from, so that no two uses share one.
-ORDER_KEY, DROPOUT_KEY, STEPS_KEY, CROP_KEY = 0, 1, 2, 3
+ORDER_KEY, DROPOUT_KEY, STEPS_KEY, CROP_KEY, CAPTION_KEY, MIXTURE_KEY, RATIO_KEY = range(7)
 
 
 def random_word(*key: int) -> int:

@@ -6,13 +6,19 @@ import re
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.records import BadRecord, Record
+import numpy as np
+
+from data_pipelines.records import BadRecord, Cause, Record
+from data_pipelines.stores import CAPTION_KEYS, captions_under
 
 PREFIX = "tfds:"
 
 
 class PreparedDataset:
-    """The images of one split of a prepared data set; a record has no caption.
+    """The images of one split of a prepared data set, with their captions where it has such a feature.
+
+    A caption is a text, a sequence of texts, or a sequence of features with a text among them (as coco_captions has it)
+    under one of `stores.CAPTION_KEYS`. Other texts, such as the file names of imagenet2012, are none.
 
     Args:
       address: `tfds:NAME/SPLIT`, as in tfds:imagenet2012/train; NAME may hold a config and a version.
@@ -24,8 +30,6 @@ class PreparedDataset:
       ValueError: no such data set or split, no images in it, or files of another format than ArrayRecord.
     """
 
-    has_captions = False
-
     def __init__(self, address: str, data_dir: str | Path | None = None) -> None:
         name, _, split = address.removeprefix(PREFIX).rpartition("/")
         if not name or not split:
@@ -36,15 +40,18 @@ class PreparedDataset:
             raise ImportError(
                 f'{address} needs TensorFlow Datasets: pip install "svg_jax[tfds]" ({error.name} is missing)'
             ) from error
-        self.name, self._split = address, split
+        self.name, self._split, self._data_dir = address, split, data_dir
         try:
             builder = tfds.builder(name, data_dir=data_dir)
         except Exception as error:  # of a kind that TensorFlow Datasets does not name in its interface
             raise ValueError(f"{address}: there is no data set '{name}' ({_first_line(error)})") from error
-        images = [key for key, feature in builder.info.features.items() if isinstance(feature, tfds.features.Image)]
+        features = builder.info.features
+        images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
         if not images:
-            raise ValueError(f"{address} holds no images; its features are {', '.join(builder.info.features)}")
-        self._key = images[0]
+            raise ValueError(f"{address} holds no images; its features are {', '.join(features)}")
+        self._image = images[0]
+        self._captions = {key for key, _ in CAPTION_KEYS if key in features and _holds_text(features[key], tfds)}
+        self.has_captions = bool(self._captions)
         self._version = builder.info.full_name
         self._folder = Path(builder.data_path)
         if not builder.data_path.exists():
@@ -53,7 +60,9 @@ class PreparedDataset:
                 "--file_format=array_record`, or name the folder of prepared data sets as the root"
             )
         try:
-            decoders = {self._key: tfds.decode.SkipDecoding()}  # the bytes of the file; pictures are decoded by Pillow
+            decoders = {
+                self._image: tfds.decode.SkipDecoding()
+            }  # the bytes of the file; pictures are decoded by Pillow
             self._records: Any = builder.as_data_source(split, decoders=decoders)
         except NotImplementedError as error:
             raise ValueError(
@@ -65,6 +74,9 @@ class PreparedDataset:
         if not len(self):
             raise ValueError(f"{address} is empty; expected one record an image")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PreparedDataset, (self.name, self._data_dir)  # opened anew in another process
+
     def __len__(self) -> int:
         return len(self._records)
 
@@ -72,10 +84,11 @@ class PreparedDataset:
         index = range(len(self))[index]
         where = f"{self.name} record {index}"
         try:
-            image = self._records[index][self._key]
+            value = self._records[index]
         except Exception as error:  # whatever ArrayRecord says about a damaged file
-            raise BadRecord(f"{where} cannot be read ({_first_line(error)})") from error
-        return Record(index, where, None, "base", where, image=bytes(image))
+            raise BadRecord(Cause.STORE, f"{where} cannot be read ({_first_line(error)})") from error
+        captions = captions_under({key: _texts(value[key], where) for key in self._captions}, where)
+        return Record(index, where, where, captions, bytes(value[self._image]))
 
     @property
     def signature(self) -> str:
@@ -85,6 +98,26 @@ class PreparedDataset:
     def beside(self, name: str) -> Path:
         """Where a file about this split is kept."""
         return self._folder / f".svg_jax.{re.sub(r'[^A-Za-z0-9]', '_', self._split)}.{name}"
+
+
+def _holds_text(feature: Any, tfds: Any) -> bool:
+    """Whether it is a text, a sequence of texts, or a sequence of features with a text under "text"."""
+    if isinstance(feature, tfds.features.Sequence):
+        feature = feature.feature
+    if isinstance(feature, tfds.features.FeaturesDict):
+        feature = dict(feature.items()).get("text")
+    return isinstance(feature, tfds.features.Text)
+
+
+def _texts(value: Any, where: str) -> str | list[str]:
+    if isinstance(value, dict):
+        value = value["text"]
+    try:
+        if isinstance(value, bytes | np.bytes_):
+            return value.decode()
+        return value if isinstance(value, str) else [text if isinstance(text, str) else text.decode() for text in value]
+    except UnicodeDecodeError as error:
+        raise BadRecord(Cause.ENCODING, f"{where} has a caption that is not UTF-8 text ({error})") from error
 
 
 def _first_line(error: Exception) -> str:

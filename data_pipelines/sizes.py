@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import os
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from absl import logging
 from numpy.typing import NDArray
 
 from data_pipelines import images
+from data_pipelines.broken import summary
 from data_pipelines.records import BadRecord
 from data_pipelines.sources import Source
 
@@ -51,17 +53,18 @@ def _measured(source: Source, num_threads: int) -> NDArray[np.int32]:
                 errors.append(error)
         return errors
 
-    num_bad = 0
+    causes: collections.Counter[str] = collections.Counter()
     with ThreadPoolExecutor(num_threads) as pool:
         for done, errors in enumerate(pool.map(measure, range(0, len(source), _CHUNK)), start=1):
-            for error in errors[: max(_NAMED - num_bad, 0)]:
+            for error in errors[: max(_NAMED - causes.total(), 0)]:
                 logging.warning("no size: %s", error)
-            num_bad += len(errors)
+            causes.update(str(error.cause) for error in errors)
             logging.log_every_n_seconds(
                 logging.INFO, "sizes of %d of %d images read", _SECONDS_BETWEEN_REPORTS, done * _CHUNK, len(source)
             )
-    if num_bad:
-        logging.warning("%d of %d images of %s have no size", num_bad, len(source), source.name)
+    if causes:
+        message = "%d of %d images of %s have no size, and are not trained on: %s"
+        logging.warning(message, causes.total(), len(source), source.name, summary(causes))
     return sizes
 
 

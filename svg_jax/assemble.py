@@ -81,14 +81,15 @@ def check(config: ConfigDict, needs: str) -> None:
         positive=(
             "num_train_steps", "batch_size", "micro_batches", "log_every", "checkpoint.keep", "optim.lr", "optim.eps",
             "optim.clip", "statistics.num_images", "text.max_tokens", "sample.num_steps", "sample.shift",
-            "sample.batch_size", "data.max_ratio", "model.num_heads", "model.num_kv_heads", "guard.max_skipped",
-            "profile.steps", "cluster.timeout", "cluster.start_timeout",
+            "sample.batch_size", "data.max_ratio", "data.pack", "text.max_tokens_packed", "model.num_heads",
+            "model.num_kv_heads", "guard.max_skipped", "profile.steps", "cluster.timeout", "cluster.start_timeout",
+            "data.remote.timeout",
         ),
         not_negative=(
             "optim.warmup_steps", "optim.weight_decay", "checkpoint.every", "checkpoint.keep_every", "sample.every",
-            "data.num_threads", "data.prefetch", "data.caption_dropout", "data.max_bad_fraction", "loss.disc_start",
-            "loss.disc_weight", "loss.disc_factor", "loss.perceptual_weight", "autoencoder.decoder.num_res_blocks",
-            "guard.spike_sigma", "profile.start",
+            "data.num_threads", "data.num_workers", "data.prefetch", "data.remote.retries", "data.remote.backoff",
+            "data.caption_dropout", "data.max_bad_fraction", "loss.disc_start", "loss.disc_weight", "loss.disc_factor",
+            "loss.perceptual_weight", "autoencoder.decoder.num_res_blocks", "guard.spike_sigma", "profile.start",
         ),
     )  # fmt: skip
     for key in ("b1", "b2", "ema"):
@@ -115,6 +116,7 @@ def check(config: ConfigDict, needs: str) -> None:
                 f"config.text.max_tokens is {config.text.max_tokens} and the model has {config.model.axes_lens[0]} "
                 "caption positions: choose fewer tokens, or more positions in config.model.axes_lens"
             )
+        check_packing(config)
     for section in sections:
         lookup("dtype", section.dtype, DTYPES)
         lookup("remat policy", section.get("remat", "none"), REMAT)
@@ -228,6 +230,32 @@ def check_positions(config: ConfigDict, side: int) -> None:
         )
 
 
+def check_packing(config: ConfigDict) -> None:
+    """Several images in one sequence need a text budget, and an attention that can keep them apart.
+
+    Raises:
+        ValueError: One is missing, or unfit.
+    """
+    pack, budget, longest = config.data.pack, config.text.max_tokens_packed, config.text.max_tokens
+    if pack == 1:
+        return
+    if budget is None or not pack <= budget <= pack * longest:
+        raise ValueError(
+            f"config.data.pack is {pack} and config.text.max_tokens_packed is {budget}: it is how many tokens {pack} "
+            f"captions have together, from {pack} to {pack} x config.text.max_tokens = {pack * longest}"
+        )
+    if config.model.attention == "gpu_cudnn":
+        raise ValueError(
+            f"config.model.attention is 'gpu_cudnn', which cannot keep the {pack} images of a sequence apart: choose "
+            "another, or 'auto', or config.data.pack=1"
+        )
+
+
+def reading(config: ConfigDict) -> dict[str, int]:
+    """How batches are read ahead, as `data_pipelines.loader.make_loader` takes it; nothing else depends on it."""
+    return {key: config.data[key] for key in ("num_threads", "num_workers", "prefetch")}
+
+
 # What the order of the data and the randomness of a step depend on.
 FIXED = (
     "seed",
@@ -237,7 +265,9 @@ FIXED = (
     "data.max_ratio",
     "data.random_crop",
     "data.caption_dropout",
+    "data.pack",
     "text.max_tokens",
+    "text.max_tokens_packed",
 )
 
 

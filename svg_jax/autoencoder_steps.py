@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from svg_jax import steps
 from svg_jax.adversarial import (
@@ -38,6 +38,7 @@ class Batch(TypedDict):
 
     images: UInt8[Array, "batch height width 3"]
     valid: Bool[Array, " batch"]  # False: a slot without an image, whose pixels mean nothing
+    cause: Int[Array, " batch"]  # 0, or why there is none: 1 + the position in `records.Cause`
 
 
 class AutoencoderNetworks(NamedTuple):
@@ -151,7 +152,7 @@ def autoencoder_step(
         _, by_hidden = pull_pixels(by_pixels)
         grads |= {**by_last, **pull_hidden(by_hidden)[0]}
         (grads,) = pull_used({name: grads[name] for name in trained})
-        state, health = steps.update(state, grads, total, valid, optimiser, ema_decay, running)
+        state, health = steps.update(state, grads, total, batch["cause"], optimiser, ema_decay, running)
         return state, {**health, **metrics}
 
     return step

@@ -1,7 +1,8 @@
 """Orbax checkpoints: everything a run needs to go on bit for bit, and parameters alone for those who only draw.
 
-`workdir/checkpoints/STEP/` holds `state` (a TrainState), `data` (where the data order stands) and `config`. A save is
-atomic; whatever mesh or number of processes it was made on, it restores onto the shardings of the target.
+`workdir/checkpoints/STEP/` holds `state` (a TrainState), `data` (where the data order stands, and broken records so
+far) and `config`. A save is atomic; whatever mesh or number of processes it was made on, it restores onto the shardings
+of the target.
 
 Several processes read one checkpoint together: what one of them cannot read, none of them uses.
 """
@@ -73,7 +74,7 @@ class Checkpoints:
         )
         self._manager = _Manager(self.folder, options=options, item_names=("state", "data", "config"))
 
-    def save(self, state: TrainState, data: Mapping[str, int], config: Mapping[str, Any]) -> None:
+    def save(self, state: TrainState, data: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         """Writes the state after `state.step` updates; returns once the arrays are copied off the devices.
 
         Raises:
@@ -93,8 +94,8 @@ class Checkpoints:
         except (OSError, ValueError) as error:  # ValueError is TensorStore's
             raise _unwritable(self.folder, error) from error
 
-    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, int]] | None:
-        """The newest state that can be read, placed as `abstract` says, and its data position; None if there is none.
+    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest state that can be read, placed as `abstract` says, and what was saved of its data, or None.
 
         A damaged checkpoint is reported and the one before is used; the damaged one is set aside as `STEP.damaged`.
 
@@ -103,7 +104,7 @@ class Checkpoints:
             OSError: There are checkpoints and none can be read; nothing is touched.
         """
 
-        def read(folder: epath.Path) -> tuple[TrainState, dict[str, int]]:
+        def read(folder: epath.Path) -> tuple[TrainState, dict[str, Any]]:
             for part in ("params", "frozen"):
                 _check(getattr(abstract, part), _saved_shapes(folder, part), folder)
             # Not through the manager, where a process that can read waits without end for one that cannot.

@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from data_pipelines.batches import BadRecordCounter, TooManyBadRecords
+from data_pipelines.broken import BadRecordCounter, TooManyBadRecords, by_cause
+from data_pipelines.loader import WorkerDied
 
 logger = logging.getLogger("svg_jax")
 
@@ -28,7 +29,7 @@ class TooManySkippedSteps(RuntimeError):
     """Losses or gradients were not finite, one step after the other."""
 
 
-STOPPED = (TooManyBadRecords, TooManySkippedSteps)  # what ends a run that no error in the code has ended
+STOPPED = (TooManyBadRecords, TooManySkippedSteps, WorkerDied)  # what ends a run that no error in the code has ended
 
 
 class SpikeDetector:
@@ -101,7 +102,9 @@ class Guards:
         ready, self._steps = self._steps[:count], self._steps[count:]
         self._old = len(self._steps)
         for step, values in jax.device_get(ready):
+            bad = values.pop("bad_records")
             self._judge_step(step, {name: value.item() for name, value in values.items()})
+            self.bad.update(by_cause(bad), self.batch_size)
 
     def _judge_step(self, step: int, values: dict[str, float]) -> None:
         limit = self._is_spike.limit
@@ -125,4 +128,3 @@ class Guards:
                 "the same command again with a lower --config.optim.lr or --config.optim.clip, as it would come to the "
                 "same otherwise (spikes.jsonl names the records, --config.guard.max_skipped is the limit)"
             )
-        self.bad.update(int(values["bad_records"]), self.batch_size)

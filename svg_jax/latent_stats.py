@@ -20,12 +20,13 @@ import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from data_pipelines import images
-from data_pipelines.batches import BadRecordCounter, TooManyBadRecords, make_loader
+from data_pipelines.broken import CAUSES, BadRecordCounter, TooManyBadRecords, by_cause
 from data_pipelines.grids import GridBatch, GridBatches
+from data_pipelines.loader import make_loader
 from data_pipelines.records import BadRecord
 from data_pipelines.sources import open_source
 from svg_jax import assemble, distributed
@@ -40,6 +41,7 @@ from svg_jax.models.autoencoder import AutoencoderConfig
 from svg_jax.nn.functional import Network, Params
 from svg_jax.parallel import make_mesh, replicated
 from svg_jax.programs import check_batch
+from svg_jax.steps import count_causes
 
 logger = logging.getLogger("svg_jax")
 
@@ -56,8 +58,9 @@ class Totals(NamedTuple):
     num_tokens: float
     mean: Float[np.ndarray, " channels"]
     deviations: Float[np.ndarray, " channels"]
+    bad: Int[np.ndarray, " causes"] = np.zeros(len(CAUSES), np.int64)  # images that could not be read
 
-    def merged(self, batch: Moments) -> Totals:
+    def merged(self, batch: Moments, bad: Int[np.ndarray, " causes"]) -> Totals:
         """Of both sets together (Chan, Golub and LeVeque 1979)."""
         count, mean, deviations = (np.asarray(x, np.float64) for x in batch)
         total = max(self.num_tokens + float(count), 1.0)
@@ -66,6 +69,7 @@ class Totals(NamedTuple):
             self.num_tokens + float(count),
             self.mean + delta * (count / total),
             self.deviations + deviations + np.square(delta) * (self.num_tokens * count / total),
+            self.bad + bad,
         )
 
     def statistics(self) -> dict[str, Float[np.ndarray, " channels"]]:
@@ -113,7 +117,7 @@ class Progress:
             with np.load(io.BytesIO(self.file.read_bytes()), allow_pickle=False) as arrays:
                 before = json.loads(str(arrays["settings"]))
                 done = int(arrays["done"])
-                totals = Totals(float(arrays["num_tokens"]), arrays["mean"], arrays["deviations"])
+                totals = Totals(float(arrays["num_tokens"]), arrays["mean"], arrays["deviations"], arrays["bad"])
         except Exception as error:  # whatever NumPy says about a damaged file
             raise ValueError(f"{self.file} cannot be read ({error}): remove it to measure from the start") from error
         for key in sorted({*before, *self.settings}):
@@ -161,9 +165,8 @@ def main(arguments: list[str] | None = None) -> None:
         settings = {name: getattr(options, name) for name in names} | {"signature": source.signature}
         settings |= {"num_images": total, "match": loaded.origin["match"], "weights": loaded.origin["weights"]}
         progress = Progress(target.parent / f".{target.name}.measuring.npz", settings, sizes.latent_channels)
-        tokens = (options.resolution // sizes.patch_size) ** 2
-        measure(loaded, batches, progress, total, tokens, mesh, options)
-        statistics = finish(progress, batches, total, tokens, options) if distributed.is_first() else {}
+        measure(loaded, batches, progress, total, mesh, options)
+        statistics = finish(progress, batches, total, options) if distributed.is_first() else {}
         for line in write(statistics, workdir, sizes, options):
             if distributed.is_first():
                 print(line)
@@ -190,7 +193,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the order of the images")
     add("--max-bad-fraction", type=float, default=0.01, help="stop above this share of broken images")
     add("--save-every", type=int, default=50, help="batches between saves (default: %(default)s)")
-    add("--num-threads", type=int, default=8, help="that read batches (default: %(default)s)")
+    add("--num-threads", type=int, default=8, help="that read images (default: %(default)s)")
     return flags
 
 
@@ -241,11 +244,10 @@ def measure(
     batches: GridBatches,
     progress: Progress,
     total: int,
-    tokens: int,
     mesh: Mesh,
     options: argparse.Namespace,
 ) -> None:
-    """Adds what is missing of `total` images of so many `tokens` to `progress`, and saves it every so often.
+    """Adds what is missing of `total` images to `progress`, and saves it every so often.
 
     Saved is only what `--max-bad-fraction` allows, so that a run after the data were mended does not begin with images
     that could not be read before.
@@ -257,15 +259,15 @@ def measure(
     steps = -(-total // options.batch_size)
     of_batch = jax.jit(functools.partial(moments_of, loaded.network), out_shardings=replicated(mesh))
 
-    def add(step: int, found: Moments) -> None:
-        progress.totals = progress.totals.merged(jax.device_get(found))
+    def add(step: int, found: tuple[Moments, Any]) -> None:
+        progress.totals = progress.totals.merged(*jax.device_get(found))
         progress.totals.check_finite()
         progress.done = step + 1
         if distributed.is_first() and progress.done < steps and progress.done % options.save_every == 0:
             save()
 
     def save() -> None:
-        if count_bad(progress, total, tokens, options).fraction <= options.max_bad_fraction:
+        if count_bad(progress, total, options).fraction <= options.max_bad_fraction:
             progress.save()
 
     reader = make_loader(batches, start_step=progress.done, num_threads=options.num_threads, prefetch=8)
@@ -279,7 +281,7 @@ def measure(
     try:
         with jax.set_mesh(mesh):
             # What one batch gave is fetched while the next one is measured.
-            pending: tuple[int, Moments] | None = None
+            pending: tuple[int, tuple[Moments, Any]] | None = None
             for step in shown:
                 batch = device_batch(within(total, next(reader), step, options.batch_size), mesh)
                 with jax.transfer_guard("disallow"):
@@ -299,21 +301,20 @@ def measure(
 
 
 def count_bad(
-    progress: Progress, total: int, tokens: int, options: argparse.Namespace, *, min_records: int = 1000
+    progress: Progress, total: int, options: argparse.Namespace, *, min_records: int = 1000
 ) -> BadRecordCounter:
-    """How many of the images so far could not be read.
+    """How many of the images so far could not be read, by cause.
 
     Raises:
         TooManyBadRecords: More than `--max-bad-fraction`, of at least `min_records`.
     """
     bad = BadRecordCounter(options.max_bad_fraction, min_records)
-    seen = min(progress.done * options.batch_size, total)
-    bad.update(seen - round(progress.totals.num_tokens / tokens), seen)
+    bad.update(by_cause(progress.totals.bad), min(progress.done * options.batch_size, total))
     return bad
 
 
 def finish(
-    progress: Progress, batches: GridBatches, total: int, tokens: int, options: argparse.Namespace
+    progress: Progress, batches: GridBatches, total: int, options: argparse.Namespace
 ) -> dict[str, Float[np.ndarray, " channels"]]:
     """The statistics. Only where there are some is the finished progress saved, in case they cannot be written.
 
@@ -328,23 +329,25 @@ def finish(
         except BadRecord as error:
             reason = str(error)
         raise TooManyBadRecords(f"none of the {total} images of {batches.source.name} could be read: {reason}")
-    bad = count_bad(progress, total, tokens, options, min_records=1)
+    bad = count_bad(progress, total, options, min_records=1)
     if bad.num_bad:
-        logger.warning("%d of %d images could not be read", bad.num_bad, bad.num_records)
+        logger.warning("%s", bad)
     statistics = progress.totals.statistics()
     progress.save()
     return statistics
 
 
-def moments_of(network: Network[Any], params: Params, batch: Batch) -> Moments:
-    """Of the features of one batch."""
-    return update_moments(network, params, Moments.zero(network.shapes["latents.mean"].shape[0]), batch)
+def moments_of(network: Network[Any], params: Params, batch: Batch) -> tuple[Moments, Int[Array, " causes"]]:
+    """Of the features of one batch; and how many of its images could not be read, by cause."""
+    moments = update_moments(network, params, Moments.zero(network.shapes["latents.mean"].shape[0]), batch)
+    return moments, count_causes(batch["cause"])
 
 
 def within(total: int, batch: GridBatch, step: int, batch_size: int) -> GridBatch:
     """The batch without what the last one has beyond the images wanted."""
     slots = np.arange(len(batch["valid"])) + step * batch_size + jax.process_index() * len(batch["valid"])
-    return {**batch, "valid": batch["valid"] & (slots < total)}
+    wanted = slots < total
+    return {**batch, "valid": batch["valid"] & wanted, "cause": np.where(wanted, batch["cause"], 0)}
 
 
 def write(

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from data_pipelines.batches import BadRecordCounter
+from data_pipelines.broken import BadRecordCounter
 from svg_jax.checkpoint import Checkpoints, newest_step
 from svg_jax.distributed import EXIT_PREEMPTED
 from svg_jax.guards import Guards
@@ -25,7 +25,7 @@ from svg_jax.state import TrainState, on_device
 logger = logging.getLogger("svg_jax")
 
 # Of a host's batch, what goes to the devices: padded patches and captions, or images of one size.
-ARRAYS = ("patches", "grid", "tokens", "num_tokens", "images", "valid")
+ARRAYS = ("patches", "grid", "tokens", "num_tokens", "images", "valid", "cause")
 
 
 class Preempted(SystemExit):
@@ -48,6 +48,7 @@ def fit(
     before_save: Callable[[TrainState], TrainState] = lambda state: state,
     preempted: Callable[[int], bool] | None = None,
     records: Callable[[int], Sequence[int]] = lambda step: (),
+    data: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """Runs `step` from `state.step` to `config.num_train_steps`, and saves at the end whatever the interval.
 
@@ -69,6 +70,7 @@ def fit(
         before_save: What becomes of a state before it is saved, unless the machines are about to be taken away.
         preempted: Whether the machines are about to be taken away, after so many updates; the same answer everywhere.
         records: Which records the global batch of a step holds.
+        data: What the checkpoint that `state` is of says about the data; None at the beginning.
 
     Raises:
         Preempted: The machines are about to be taken away, and the state is saved.
@@ -80,7 +82,7 @@ def fit(
     guards = Guards(
         max_skipped=config.guard.max_skipped,
         spike_sigma=config.guard.spike_sigma,
-        bad=BadRecordCounter(config.data.max_bad_fraction, min_records=min(1000, 10 * config.batch_size)),
+        bad=BadRecordCounter(config.data.max_bad_fraction, min(1000, 10 * config.batch_size), data),
         batch_size=config.batch_size,
         records=records,
         report=writer.spike,
@@ -102,7 +104,7 @@ def fit(
         for done in range(start + 1, stop + 1):  # counts finished steps
             with clock.phase("data_wait"):
                 host = next(batches)
-            captions += len(host.get("tokens", ()))
+            captions += len(host.get("num_tokens", ()))
             truncated += host.get("num_truncated", 0)
             with trace.before(done - 1), jax.transfer_guard("disallow"):
                 state, metrics = step(state, device_batch(host, mesh))
@@ -115,10 +117,11 @@ def fit(
             if done % config.log_every == 0 or done == stop:
                 guards.judge(all_steps=done == stop)
                 # As of the line before, but for the last one; of the captions, those that this process read.
-                data = {"data/bad_fraction": guards.bad.fraction}
+                of_data = guards.bad.metrics
                 if captions:
-                    data["data/truncated_fraction"] = truncated / captions
-                writer.scalars(done - 1, {**metrics, **data, **clock.line(done - logged)})
+                    of_data["data/truncated_fraction"] = truncated / captions
+                of_step = {name: value for name, value in metrics.items() if name != "bad_records"}
+                writer.scalars(done - 1, {**of_step, **of_data, **clock.line(done - logged)})
                 logged = done
             if draw is not None and _due(done, stop, config.sample.every):
                 with held_up("sample"):
@@ -129,16 +132,15 @@ def fit(
             if told or done == stop or _due(done, stop, config.checkpoint.every):
                 with held_up("checkpoint"):
                     state = state if told and done < stop else before_save(state)
-                    checkpoints.save(state, {"step": done}, config.to_dict())
+                    checkpoints.save(state, {"step": done, **guards.bad.state}, config.to_dict())
             if told and done < stop:
                 checkpoints.wait()
                 logger.warning("preempted: saved after step %d; the same command goes on from there", done)
                 raise Preempted
-    bad = guards.bad
     if start >= stop:
         logger.info("nothing to do: %d steps are done, and config.num_train_steps is %d", start, stop)
     else:
-        logger.info("finished %d steps; broken records skipped: %d of %d", stop, bad.num_bad, bad.num_records)
+        logger.info("finished %d steps; %s", stop, guards.bad)
     return state
 
 

@@ -21,7 +21,9 @@ class HostClock:
     """Host seconds between one line of the log and the next.
 
     `time/step`: seconds a step, what holds the run up left out; when the devices are the slower part, theirs.
-    `time/data_wait`: of these, seconds a step in which the host waited for a batch; far above zero, data is too slow.
+    `time/data_wait`: of these, seconds a step in which the host waited for a batch.
+    `time/data_wait_fraction`: their share of `time/step`; above 0.02, data is too slow: give it more
+    `config.data.num_workers`, or pack it at the stage's size (`data_pipelines.pack`).
     `time/checkpoint`, `time/sample`: seconds, in all, for which saving and drawing held the run up; likewise any other.
 
     The first line of a process holds the compilation.
@@ -45,7 +47,8 @@ class HostClock:
             if name != "data_wait":
                 seconds["time/step"] -= value
         self._restart()
-        return seconds | {name: seconds[name] / steps for name in ("time/step", "time/data_wait")}
+        seconds |= {name: seconds[name] / steps for name in ("time/step", "time/data_wait")}
+        return seconds | {"time/data_wait_fraction": seconds["time/data_wait"] / max(seconds["time/step"], 1e-9)}
 
     def _restart(self) -> None:
         self._since = time.perf_counter()

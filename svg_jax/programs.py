@@ -89,11 +89,12 @@ def train_program(config: ConfigDict, mesh: Mesh) -> Training[Networks]:
     Raises:
         ValueError: The config is inconsistent, or its batch does not divide over the mesh.
     """
-    check_batch(config.batch_size, config.micro_batches, mesh)
+    pack = config.data.pack
+    check_batch(config.batch_size, config.micro_batches, mesh, pack)
     networks = assemble.networks(config)
     patch_size = assemble.patch_size(config)
     image_tokens = token_budget(config.data.resolution, patch_size)
-    text_tokens = config.text.max_tokens
+    text_tokens = config.text.max_tokens if pack == 1 else config.text.max_tokens_packed
     optimiser = assemble.optimiser(config)
     shift = resolution_shift(image_tokens) if config.flow.shift else 1.0
     objective = FlowObjective(path(config.flow.path), config.flow.times, config.flow.mu, shift)
@@ -106,16 +107,17 @@ def train_program(config: ConfigDict, mesh: Mesh) -> Training[Networks]:
     state = loading.placed(
         jax.eval_shape(create, networks.dit.shapes), params_at, mesh, ema_on_host=config.optim.ema_on_host
     )
-    batch = abstract_batch(config.batch_size, image_tokens, text_tokens, 3 * patch_size**2)
+    batch = abstract_batch(config.batch_size, image_tokens, text_tokens, 3 * patch_size**2, pack)
     model, autoencoder, text = sizes_of(config)
-    sample_flops = flops.text_to_image_step(model, autoencoder, text, image_tokens, text_tokens)
+    sequences = config.batch_size // pack
+    sequence_flops = flops.text_to_image_step(model, autoencoder, text, image_tokens, text_tokens, pack)
     return Training(
         step,
         (state, abstract_frozen(config, networks, mesh), _placed(batch, batch_sharding(mesh))),
         (shardings_of(state), replicated(mesh)),
         images=config.batch_size,
-        tokens=config.batch_size * (image_tokens + text_tokens),
-        flops=sample_flops * config.batch_size,
+        tokens=config.batch_size * image_tokens + sequences * text_tokens,
+        flops=sequence_flops * sequences,
         compiler_options=compiler_options(mesh.devices.flat[0].device_kind),
         networks=networks,
         create=create,
@@ -149,6 +151,7 @@ def autoencoder_program(config: ConfigDict, mesh: Mesh) -> Training[AutoencoderN
     batch = {
         "images": jax.ShapeDtypeStruct((config.batch_size, side, side, 3), jnp.uint8),
         "valid": jax.ShapeDtypeStruct((config.batch_size,), jnp.bool_),
+        "cause": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
     }
     grid = (side // sizes.patch_size,) * 2
     return Training(
@@ -215,28 +218,32 @@ def sizes_of(config: ConfigDict) -> tuple[NextDiTConfig, AutoencoderConfig, Gemm
     return assemble.dit_config(config.model), assemble.autoencoder_config(config.autoencoder), text
 
 
-def check_batch(batch_size: int, micro_batches: int, mesh: Mesh) -> None:
-    """A batch must divide into micro-batches, and each of these over the mesh.
+def check_batch(batch_size: int, micro_batches: int, mesh: Mesh, pack: int = 1) -> None:
+    """A batch must divide into sequences of `pack` images, these into micro-batches, and each of these over the mesh.
 
     Raises:
         ValueError: It does not; the message says of what it must be a multiple.
     """
-    multiple = micro_batches * batch_multiple(mesh)
+    multiple = micro_batches * batch_multiple(mesh) * pack
     if batch_size % multiple:
-        parts = f" in {micro_batches} micro-batches" if micro_batches > 1 else ""
+        parts = f" in sequences of {pack} images" if pack > 1 else ""
+        parts += f" in {micro_batches} micro-batches" if micro_batches > 1 else ""
         raise ValueError(
             f"batch_size {batch_size}{parts} does not divide over {batch_multiple(mesh)} devices: "
             f"choose a multiple of {multiple}"
         )
 
 
-def abstract_batch(size: int, image_tokens: int, text_tokens: int, pixels: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a global `steps.Batch`."""
+def abstract_batch(
+    size: int, image_tokens: int, text_tokens: int, pixels: int, pack: int = 1
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a global `steps.Batch`; `text_tokens` are those of a row, which `pack` captions share."""
     return {
         "patches": jax.ShapeDtypeStruct((size, image_tokens, pixels), jnp.uint8),
         "grid": jax.ShapeDtypeStruct((size, 2), jnp.int32),
-        "tokens": jax.ShapeDtypeStruct((size, text_tokens), jnp.int32),
+        "tokens": jax.ShapeDtypeStruct((size // pack, text_tokens), jnp.int32),
         "num_tokens": jax.ShapeDtypeStruct((size,), jnp.int32),
+        "cause": jax.ShapeDtypeStruct((size,), jnp.int32),
     }
 
 

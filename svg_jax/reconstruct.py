@@ -22,9 +22,9 @@ from etils import epath
 from jaxtyping import Array, Bool, Float, UInt8
 from PIL import Image
 
+from data_pipelines.folders import ImageFolder
 from data_pipelines.images import Size, crop, crop_sizes, decode, nearest_size
-from data_pipelines.records import BadRecord
-from data_pipelines.sources import open_source
+from data_pipelines.records import BadRecord, Cause
 from svg_jax import assemble, distributed
 from svg_jax.config import one_sentence
 from svg_jax.evaluate.image_metrics import psnr
@@ -73,6 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
                     output, value, finite = jax.device_get(draw(loaded.params, batch))
                 if not finite:
                     raise BadRecord(
+                        Cause.DAMAGED,
                         f"the reconstruction of {file} holds values that are not finite: the weights are damaged, or "
                         "too large for the compute type; compare with --dtype float32"
                     )
@@ -153,7 +154,7 @@ def find_images(inputs: Iterable[Path]) -> list[tuple[Path, str]]:
     found: dict[Path, str] = {}
     for path in inputs:
         if path.is_dir():
-            source = open_source(path)
+            source = ImageFolder(path)
             inside = [Path(source[i].path) for i in range(len(source))]
             found |= {file: str(file.relative_to(path)) for file in inside if file not in found}
         else:
@@ -201,7 +202,8 @@ def fitted(image: Image.Image, patch: int, sizes: Sequence[Size] | None, name: s
     """
     if min(image.size) < patch:
         raise BadRecord(
-            f"{name} has {image.width}x{image.height} pixels, less than one patch of {patch}x{patch}: enlarge it first"
+            Cause.TOO_SMALL,
+            f"{name} has {image.width}x{image.height} pixels, less than one patch of {patch}x{patch}: enlarge it first",
         )
     if sizes is not None:
         return np.asarray(crop(image, nearest_size(image.size, sizes)))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
+from data_pipelines.records import Cause
 from svg_jax.flow.guidance import guided
 from svg_jax.flow.losses import loss_by_time, velocity_loss
 from svg_jax.flow.paths import Path
@@ -25,18 +26,23 @@ from svg_jax.models.gemma2 import Gemma2, greedy
 from svg_jax.models.next_dit import NextDiT
 from svg_jax.nn.functional import Network, Params
 from svg_jax.nn.patches import token_mask
+from svg_jax.nn.segments import segments_of
 from svg_jax.state import TrainState
 
 TIME_BINS = 10  # of the loss by timestep
 
 
 class Batch(TypedDict):
-    """A global batch on the devices; see `data_pipelines.batches` for what each array holds."""
+    """A global batch on the devices; see `data_pipelines.batches` for what each array holds.
+
+    Where captions share a row of `tokens`, their images share a sequence: `batch / rows` of them, one after another.
+    """
 
     patches: UInt8[Array, "batch image_tokens pixels"]
     grid: Int[Array, "batch 2"]
-    tokens: Int[Array, "batch text_tokens"]
+    tokens: Int[Array, "rows text_tokens"]
     num_tokens: Int[Array, " batch"]
+    cause: Int[Array, " batch"]
 
 
 class Frozen(TypedDict):
@@ -93,7 +99,8 @@ def text_to_image_step(
         x0 = jax.random.normal(noise_key, x1.shape, x1.dtype)
         x_t = objective.path.interpolate(t, x0, x1)
         target = objective.path.target_velocity(t, x0, x1)
-        velocity = networks.dit(params)(x_t, t, text, grid=batch["grid"], text_mask=text_mask(batch))
+        which = {"text_segments": text_segments(batch)} if is_packed(batch) else {"text_mask": text_mask(batch)}
+        velocity = networks.dit(params)(x_t, t, text, grid=batch["grid"], **which)
         losses, valid = velocity_loss(velocity, target, mask), mask.any(axis=1)
         sums, counts = loss_by_time(losses, t, valid, TIME_BINS)
         total = jnp.sum(jnp.where(valid, losses, 0.0))
@@ -108,7 +115,11 @@ def text_to_image_step(
         params: Params, frozen: Frozen, part: tuple[Array, Batch], key: Key[Array, ""]
     ) -> tuple[Params, Metrics]:
         x1, batch = part
-        text = networks.text(frozen["text"]).features(batch["tokens"], text_mask(batch))
+        language = networks.text(frozen["text"])
+        if is_packed(batch):
+            text = language.packed_features(batch["tokens"], text_segments(batch))
+        else:
+            text = language.features(batch["tokens"], text_mask(batch))
         return jax.grad(losses, has_aux=True)(params, x1, text, batch, key)
 
     def step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -120,7 +131,7 @@ def text_to_image_step(
         scale = 1.0 / jnp.maximum(metrics["valid"], 1.0)
         grads = jax.tree.map(lambda g: g * scale, grads)
         by_time = metrics["bin_sums"] / metrics["bin_counts"]  # NaN where no time fell
-        state, health = update(state, grads, metrics["loss"] * scale, batch["grid"][:, 0] > 0, optimiser, ema_decay)
+        state, health = update(state, grads, metrics["loss"] * scale, batch["cause"], optimiser, ema_decay)
         return state, {**health, "loss_by_time": by_time}
 
     return step
@@ -130,17 +141,17 @@ def update(
     state: TrainState,
     grads: Params,
     loss: Float[Array, ""],
-    valid: Bool[Array, " batch"],
+    cause: Int[Array, " batch"],
     optimiser: optax.GradientTransformation,
     ema_decay: float,
     frozen: Params | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Applies the gradient, unless it or the loss is not finite: then the step is skipped.
 
-    `valid` says which slots of the batch hold an image. `frozen` are new values of what is kept without a gradient,
-    such as running statistics. The metrics are what `svg_jax.guards` judges, over the global batch and so the same on
-    every process. A finite norm says that every entry of the gradient is finite, and its square too; so no parameter,
-    moment or average ever takes a value that is not.
+    `cause` says which slots of the batch hold no image, and why: 0, or 1 + the position in `records.Cause`. `frozen`
+    are new values of what is kept without a gradient, such as running statistics. The metrics are what
+    `svg_jax.guards` judges, over the global batch and so the same on every process. A finite norm says that every entry
+    of the gradient is finite, and its square too; so no parameter, moment or average ever takes a value that is not.
     """
     norm = optax.tree.norm(grads)  # clipping asks for the same, and XLA computes it once
     healthy = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -150,8 +161,13 @@ def update(
         "grad_norm": norm,
         "skipped_steps": state.skipped[0],
         "skipped_in_a_row": state.skipped[1],
-        "bad_records": jnp.sum(~valid, dtype=jnp.int32),
+        "bad_records": count_causes(cause),
     }
+
+
+def count_causes(cause: Int[Array, " batch"]) -> Int[Array, " causes"]:
+    """How many slots of a global batch have each of `records.Cause`."""
+    return jnp.sum(cause[:, None] == jnp.arange(1, len(Cause) + 1)[None], axis=0, dtype=jnp.int32)
 
 
 class Sampling(NamedTuple):
@@ -261,6 +277,17 @@ def text_mask(batch: Batch) -> Bool[Array, "batch text_tokens"]:
     return jnp.arange(batch["tokens"].shape[1])[None] < batch["num_tokens"][:, None]
 
 
+def is_packed(batch: Batch) -> bool:
+    """Whether several images share a sequence."""
+    return batch["tokens"].shape[0] < batch["grid"].shape[0]
+
+
+def text_segments(batch: Batch) -> Int[Array, "rows text_tokens"]:
+    """Of which image of its row each text token is, see `nn.segments`."""
+    rows, tokens = batch["tokens"].shape
+    return segments_of(batch["num_tokens"].reshape(rows, -1), tokens)
+
+
 Part = TypeVar("Part")
 
 
@@ -270,14 +297,19 @@ def accumulate(
     key: Key[Array, ""],
     parts: int,
 ) -> tuple[Params, Metrics]:
-    """Sums `function` over `parts` of the batch, one after the other; each part takes rows from every device."""
+    """Sums `function` over `parts` of the batch, one after the other; each part takes rows from every device.
+
+    Row i of an array with fewer rows than others, of packed captions, goes with those of the others that belong to it.
+    """
     if parts == 1:
         return function(batch, key)
+    rows = min(x.shape[0] for x in jax.tree.leaves(batch))
+    if rows % parts:
+        raise ValueError(f"a batch of {rows} cannot be cut into {parts} micro-batches")
 
     def split(x: Array) -> Array:
-        if x.shape[0] % parts:
-            raise ValueError(f"a batch of {x.shape[0]} cannot be cut into {parts} micro-batches")
-        return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+        x = x.reshape(rows // parts, parts, x.shape[0] // rows, *x.shape[1:]).swapaxes(0, 1)
+        return x.reshape(parts, -1, *x.shape[3:])
 
     micro = jax.tree.map(split, batch)
     keys = jax.random.split(key, parts)

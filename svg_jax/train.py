@@ -12,7 +12,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from data_pipelines.batches import TextToImageBatches, make_loader
+from data_pipelines import files
+from data_pipelines.batches import TextToImageBatches
+from data_pipelines.loader import make_loader
 from data_pipelines.sources import open_source
 from data_pipelines.text import load_tokenizer
 from svg_jax import assemble, distributed, loading
@@ -42,6 +44,7 @@ def main(config: ConfigDict, workdir: str) -> None:
         networks = program.networks
 
         # Data.
+        files.set_default(files.Remote(**config.data.remote))
         tokenizer = load_tokenizer(config.text.tokenizer)
         assemble.check_tokenizer(config, tokenizer)
         batches = TextToImageBatches(
@@ -54,6 +57,8 @@ def main(config: ConfigDict, workdir: str) -> None:
             max_ratio=config.data.max_ratio,
             caption_dropout=config.data.caption_dropout,
             system_prompt=config.text.system_prompt,
+            pack=config.data.pack,
+            max_packed_tokens=config.text.max_tokens_packed,
             seed=config.seed,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
@@ -85,9 +90,7 @@ def main(config: ConfigDict, workdir: str) -> None:
             flops_per_step=program.flops,
             enabled=distributed.is_first(),
         )
-        loader = make_loader(
-            batches, start_step=start, num_threads=config.data.num_threads, prefetch=config.data.prefetch
-        )
+        loader = make_loader(batches, start_step=start, **assemble.reading(config))
 
     count = sum(int(np.prod(shape.shape)) for shape in networks.dit.shapes.values())
     logger.info("%.1fM parameters, mesh %s, %d records", count / 1e6, dict(mesh.shape), len(batches.source))
@@ -118,6 +121,7 @@ def main(config: ConfigDict, workdir: str) -> None:
             draw=lambda state: [np.asarray(image) for image in pipeline.with_params(state.ema)(config.sample.prompts)],
             preempted=distributed.preempted,
             records=batches.records,
+            data=None if restored is None else restored[1],
         )
     logger.info("the train step was compiled %d time(s)", compilations)
 

@@ -18,8 +18,9 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from data_pipelines.batches import make_loader
+from data_pipelines import files
 from data_pipelines.grids import GridBatches
+from data_pipelines.loader import make_loader
 from data_pipelines.sources import open_source
 from svg_jax import assemble, distributed, loading
 from svg_jax import config as doors
@@ -51,6 +52,7 @@ def main(config: ConfigDict, workdir: str) -> None:
         network = program.networks.autoencoder
 
         # Data: every batch has one size, the same on all hosts.
+        files.set_default(files.Remote(**config.data.remote))
         batches = GridBatches(
             open_source(config.data.path, config.data.root),
             batch_size=config.batch_size,
@@ -69,7 +71,7 @@ def main(config: ConfigDict, workdir: str) -> None:
         if restored is not None:
             assemble.check_resumed(config, load_config(workdir))
 
-    loader = functools.partial(make_loader, batches, num_threads=config.data.num_threads, prefetch=config.data.prefetch)
+    loader = functools.partial(make_loader, batches, **assemble.reading(config))
     with jax.set_mesh(mesh):
         measure = latent_measurement(config, network, loader, mesh)
         if restored is not None:
@@ -134,6 +136,7 @@ def main(config: ConfigDict, workdir: str) -> None:
                 before_save=with_statistics,
                 preempted=distributed.preempted,
                 records=batches.records,
+                data=None if restored is None else restored[1],
             )
 
 

@@ -13,6 +13,8 @@ import optax
 import pytest
 from jaxtyping import Array
 
+from data_pipelines.broken import by_cause
+from data_pipelines.records import Cause
 from svg_jax.adversarial import AutoencoderLoss, LossConfig
 from svg_jax.autoencoder_steps import (
     AutoencoderNetworks,
@@ -91,7 +93,8 @@ def step_of(loss: LossConfig = LOSS) -> Any:
 
 def make_batch(seed: int = 1, valid: tuple[bool, ...] = VALID) -> Batch:
     images = np.random.default_rng(seed).integers(0, 256, (len(valid), *SIZE, 3))
-    return Batch(images=jnp.asarray(images, jnp.uint8), valid=jnp.array(valid))
+    cause = jnp.where(jnp.array(valid), 0, 1 + list(Cause).index(Cause.EMPTY))
+    return Batch(images=jnp.asarray(images, jnp.uint8), valid=jnp.array(valid), cause=cause)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +156,7 @@ def test_both_sides_descend_their_own_loss() -> None:
     assert_close(metrics["loss/discriminator"], discriminator, 1e-5, "discriminator")
     assert_close(metrics["loss/adaptive_weight"], weight, 1e-4, "weight")
     assert_close(metrics["loss"], nll + weight * generator + discriminator, 1e-5, "loss")
-    assert int(metrics["bad_records"]) == VALID.count(False)
+    assert by_cause(metrics["bad_records"].tolist()) == {"empty": VALID.count(False)}
     names = {n for n in params_of() if n.startswith(("decoder.", "extra_vit.", "mask_token", "loss.discriminator."))}
     names = {name for name in names if ".running_" not in name} | {"loss.logvar"}
     assert after.params.keys() == after.ema.keys() == names
@@ -204,9 +207,8 @@ def test_before_its_start_the_discriminator_only_watches() -> None:
 
 def test_slots_without_an_image_change_nothing() -> None:
     batch, other = make_batch(), make_batch(seed=2)
-    filled = Batch(
-        images=jnp.where(batch["valid"][:, None, None, None], batch["images"], other["images"]), valid=batch["valid"]
-    )
+    pixels = jnp.where(batch["valid"][:, None, None, None], batch["images"], other["images"])
+    filled = Batch(images=pixels, valid=batch["valid"], cause=batch["cause"])
     assert not jnp.array_equal(filled["images"], batch["images"])
     results = [step_of()(state_of(), some) for some in (batch, filled)]
     jax.tree.map(np.testing.assert_array_equal, *((s.params, s.frozen, metrics) for s, metrics in results))

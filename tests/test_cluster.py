@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,6 +36,7 @@ def get_config():
     config.update_from_flattened_dict({{
         "num_train_steps": {steps}, "batch_size": 8, "log_every": 1, "checkpoint.every": 4, "sample.every": 0,
         "data.path": "{folder}/scenes/records.jsonl", "data.num_threads": 0, "cluster.timeout": 10.0,
+        "data.max_bad_fraction": 0.5,
         "autoencoder.checkpoint": "{folder}/weights/autoencoder",
         "text.checkpoint": "{folder}/weights/text_encoder",
         "text.tokenizer": "{folder}/weights/text_encoder/tokenizer",
@@ -45,9 +47,10 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Scenes, weights and the config."""
+    """Scenes, one of which is missing, weights and the config."""
     folder = tmp_path_factory.mktemp("cluster")
     write_scenes(folder / "scenes", 32, seed=0)
+    (folder / "scenes" / "images" / "000003.png").unlink()
     write_tiny_weights(folder / "weights")
     (folder / "config.py").write_text(CONFIG.format(folder=folder, steps=STEPS))
     return folder
@@ -74,11 +77,15 @@ def log(folder: Path, name: str, process: int) -> str:
     return (folder / f"{name}.logs" / f"{process}.log").read_text()
 
 
-def losses(folder: Path, name: str) -> dict[int, float]:
-    """Loss by step, as far as it is written."""
+def lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    """What is written of each step, as far as it is."""
     path = folder / name / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return {line["step"]: line["loss"] for line in map(json.loads, lines)}
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
+def losses(folder: Path, name: str) -> dict[int, float]:
+    """Loss by step."""
+    return {line["step"]: line["loss"] for line in lines(folder, name)}
 
 
 def saved(folder: Path, name: str) -> set[int]:
@@ -142,6 +149,11 @@ def test_four_processes_lose_one_and_two_go_on_as_if_nothing_had_happened(
     after = losses(folder, "killed")
     assert list(after) == list(range(STEPS))
     assert_same(after, whole)
+    for name in ("whole", "killed"):  # the missing picture, once in each of three epochs
+        assert (lines(folder, name)[-1]["data/bad/missing"], lines(folder, name)[-1]["data/bad_fraction"]) == (
+            3,
+            3 / 96,
+        )
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -12,51 +11,18 @@ import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Page
 
 from svg_jax.demo_app import build, main
 from svg_jax.samples import SampleFolder
 from tests.tiny import SIDE, write_tiny_weights
 
 ROOT = Path(__file__).parents[1]
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-)
 WAIT = 120_000  # milliseconds for the first picture: its programs are compiled, on a machine that may be busy
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    executable = next((path for name in names if (path := shutil.which(name))), None)
-    if executable is None:
-        missing = pytest.fail if os.environ.get("SVG_REQUIRE_BROWSER") == "1" else pytest.skip
-        missing("needs Chromium, as in `apt-get install chromium`")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=FLAGS.split())
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    """A page that fails the test when it asks anything of another machine."""
-    page, elsewhere = browser.new_page(), []
-
-    def is_here(address: str) -> bool:
-        return urlsplit(address).scheme in ("file", "data", "blob") or urlsplit(address).hostname == "127.0.0.1"
-
-    page.on("request", lambda request: is_here(request.url) or elsewhere.append(request.url))
-    page.route(lambda address: not is_here(address), lambda route: route.abort())
-    yield page
-    page.close()
-    assert not elsewhere
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from data_pipelines.batches import BadRecordCounter, TooManyBadRecords
+from data_pipelines.broken import BadRecordCounter, TooManyBadRecords
+from data_pipelines.records import Cause
 from svg_jax.checkpoint import Checkpoints, newest_step, open_params
 from svg_jax.distributed import EXIT_PREEMPTED
 from svg_jax.guards import Guards, SpikeDetector, TooManySkippedSteps
@@ -51,17 +52,20 @@ def config(**overrides: Any) -> ConfigDict:
 
 
 def batches(start: int, factors: dict[int, int], empty: dict[int, int] | None = None) -> Iterator[dict[str, Any]]:
-    """Random numbers; `factors` by step, and how many slots hold no image by step."""
+    """Random numbers; `factors` by step, and how many slots hold no image by step, one of them damaged."""
     step = start
     while True:
         draw = np.random.default_rng(step)
-        grid = np.ones((BATCH, 2), np.int32)
-        grid[: (empty or {}).get(step, 0)] = 0
+        grid, cause = np.ones((BATCH, 2), np.int32), np.zeros(BATCH, np.int32)
+        cause[: (empty or {}).get(step, 0)] = 1 + list(Cause).index(Cause.MISSING)
+        cause[: min((empty or {}).get(step, 0), 1)] = 1 + list(Cause).index(Cause.DAMAGED)
+        grid[cause > 0] = 0
         yield {
             "patches": draw.integers(0, 256, (BATCH, 1, FEATURES), np.uint8),
             "grid": grid,
             "tokens": np.full((BATCH, 1), factors.get(step, 1), np.int32),
             "num_tokens": np.ones(BATCH, np.int32),
+            "cause": cause,
             "record": records(step),
             "num_truncated": 0,
         }
@@ -83,7 +87,7 @@ def step_of(optimiser: optax.GradientTransformation) -> Callable[[TrainState, An
             return factor * jnp.mean(jnp.square(x @ params["map.kernel"] - 1.0))
 
         value, grads = jax.value_and_grad(loss)(state.params)
-        return update(state, grads, value, batch["grid"][:, 0] > 0, optimiser, 0.9)
+        return update(state, grads, value, batch["cause"], optimiser, 0.9)
 
     return step
 
@@ -116,7 +120,7 @@ def run(
         step = jax.jit(step_of(optimiser), out_shardings=(shardings_of(abstract), None), donate_argnums=0)
         return fit(
             step, state, batches(start, factors, empty), config=settings, mesh=mesh, writer=writer,
-            checkpoints=checkpoints, records=records, **options,
+            checkpoints=checkpoints, records=records, data=restored and restored[1], **options,
         )  # fmt: skip
 
 
@@ -171,7 +175,7 @@ def test_a_spike_is_in_the_log_of_the_first_process_alone(
         max_skipped=9, spike_sigma=6.0, bad=BadRecordCounter(1.0), batch_size=2, records=lambda step: [step],
         report=lambda step, values: None, newest=lambda: None,
     )  # fmt: skip
-    spike = {"loss": jnp.nan, "grad_norm": 1.0, "skipped_in_a_row": 1, "bad_records": 0}
+    spike = {"loss": jnp.nan, "grad_norm": 1.0, "skipped_in_a_row": 1, "bad_records": len(Cause) * [0]}
     guards.add(7, {name: jnp.asarray(value) for name, value in spike.items()})
     with caplog.at_level(logging.INFO, "svg_jax"):
         guards.judge(all_steps=True)
@@ -184,7 +188,7 @@ def test_values_are_judged_an_interval_late() -> None:
         max_skipped=9, spike_sigma=6.0, bad=BadRecordCounter(1.0), batch_size=2, records=lambda step: [step],
         report=lambda step, values: judged.append(step), newest=lambda: None,
     )  # fmt: skip
-    spike = {"loss": jnp.nan, "grad_norm": 1.0, "skipped_in_a_row": 1, "bad_records": 1}
+    spike = {"loss": jnp.nan, "grad_norm": 1.0, "skipped_in_a_row": 1, "bad_records": [1] + (len(Cause) - 1) * [0]}
     counts = []
     for step in range(6):
         guards.add(step, {name: jnp.asarray(value) for name, value in spike.items()})
@@ -219,7 +223,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(
         without = TrainState.create({"map.kernel": jnp.asarray(kernel)}, optimiser, jax.random.key(0))
         for i, batch in zip(range(8), batches(0, {}), strict=False):
             if i != 3:
-                arrays = {name: jnp.asarray(batch[name]) for name in ("patches", "grid", "tokens")}
+                arrays = {name: jnp.asarray(batch[name]) for name in ("patches", "grid", "tokens", "cause")}
                 without, _ = step_of(optimiser)(without, arrays)
         return without
 
@@ -286,13 +290,39 @@ def test_preempted_means_saved_and_ended_with_the_code_that_launchers_restart_on
     assert len(losses(tmp_path / "whole")) == 8
 
 
-def test_broken_records_are_counted_over_the_global_batch(tmp_path: Path) -> None:
-    state = run(tmp_path / "some", {}, empty={2: 3, 7: 1})
-    assert lines(tmp_path / "some")[-1]["data/bad_fraction"] == pytest.approx(4 / 64)
+def test_broken_records_are_counted_by_cause_over_the_global_batch(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "svg_jax"):
+        state = run(tmp_path / "some", {}, empty={2: 3, 7: 1})
+    first, *_, last = lines(tmp_path / "some")
+    assert {name: value for name, value in last.items() if "bad" in name} == {
+        "data/bad_fraction": pytest.approx(4 / 64), "data/bad/damaged": 2, "data/bad/missing": 2
+    }  # fmt: skip
+    assert [name for name in first if "bad" in name] == ["data/bad_fraction"]
+    assert "finished 8 steps; 4 of 64 records skipped (missing 2, damaged 2)" in caplog.text
     assert state.skipped.tolist() == [0, 0]
     many = dict.fromkeys(range(99), 5)
     with pytest.raises(TooManyBadRecords, match=r"max_bad_fraction=0\.5"):
         run(tmp_path / "many", {}, empty=many, settings=config(num_train_steps=60))
+
+
+def test_the_counts_go_on_after_a_restart_and_the_limit_is_for_what_comes_then(tmp_path: Path) -> None:
+    """A run whose data were mended is not stopped for what they were before."""
+    empty = {0: 4, 1: 4, 2: 5, 3: 1}
+    run(tmp_path, {}, empty=empty, settings=config(num_train_steps=4))
+    settings = config(**{"num_train_steps": 12, "data.max_bad_fraction": 0.1})
+    run(tmp_path, {}, empty={9: 2}, settings=settings)
+    last = lines(tmp_path)[-1]
+    assert (last["data/bad/damaged"], last["data/bad/missing"]) == (5, 11)
+    assert last["data/bad_fraction"] == pytest.approx(16 / 96)
+    data = json.loads((tmp_path / "checkpoints" / "12" / "data" / "metadata").read_text())
+    assert data == {"step": 12, "records": 96, "bad": {"damaged": 5, "missing": 11}}
+    settings.num_train_steps = 20
+    with pytest.raises(
+        TooManyBadRecords, match=r"40 of 64 records \(62\.5%\) could not be used \(missing 32, damaged 8\)"
+    ):
+        run(tmp_path, {}, empty=dict.fromkeys(range(99), 5), settings=settings)
 
 
 def test_an_average_on_the_hosts_is_saved_restored_and_drawn_from(tmp_path: Path) -> None:
@@ -325,6 +355,7 @@ def test_the_log_says_where_the_time_goes(tmp_path: Path) -> None:
     first, second, third, last = lines(tmp_path)  # steps 1, 3, 5, 7; saved after step 2 and 5
     for line in (first, second, third, last):
         assert 0 < line["time/data_wait"] < line["time/step"]
+        assert line["time/data_wait_fraction"] == pytest.approx(line["time/data_wait"] / line["time/step"])
     assert [line["time/checkpoint"] > 0 for line in (first, second, third, last)] == [False, True, False, True]
     assert last["tokens_per_second"] == pytest.approx(5 * last["images_per_second"])
 
@@ -386,7 +417,7 @@ def test_a_skipped_step_changes_no_bit() -> None:
     create = functools.partial(TrainState.create, optimiser=optimiser, key=jax.random.key(0))
     state = create({"map.kernel": jnp.asarray(np.random.default_rng(0).normal(size=(FEATURES, 8)), jnp.float32)})
     step = jax.jit(step_of(optimiser))
-    names, source = ("patches", "grid", "tokens"), batches(0, {1: NAN, 2: NAN})
+    names, source = ("patches", "grid", "tokens", "cause"), batches(0, {1: NAN, 2: NAN})
     arrays = [{name: jnp.asarray(batch[name]) for name in names} for batch in itertools.islice(source, 4)]
     state, _ = step(state, arrays[0])
     for i, counts in ((1, [1, 1]), (2, [2, 2])):

@@ -14,6 +14,7 @@ import torch
 from ml_collections import ConfigDict
 
 from data_pipelines.images import crop, decode
+from data_pipelines.records import Cause
 from data_pipelines.sources import open_source
 from svg_jax import latent_stats
 from svg_jax.checkpoint import load_config, open_params, save_params
@@ -132,14 +133,19 @@ def test_preempted_it_saves_and_says_so_by_its_exit_code(
 
 
 def test_what_is_beyond_the_images_wanted_is_not_counted() -> None:
-    batch: Any = {"valid": np.array([True, True, False, True])}
-    assert latent_stats.within(10, batch, 2, 4)["valid"].tolist() == [True, True, False, False]
+    batch: Any = {"valid": np.array([True, False, False, True]), "cause": np.array([0, 3, 4, 0])}
+    left = latent_stats.within(10, batch, 2, 4)
+    assert left["valid"].tolist() == [True, False, False, False]
+    assert left["cause"].tolist() == [0, 3, 0, 0]
 
 
 def test_totals_count_beyond_what_float32_can() -> None:
     batch = latent_stats.Moments(jnp.float32(3), jnp.array([1.0]), jnp.array([2.0]))
-    totals = latent_stats.Totals(2.0**24, np.array([0.0]), np.array([0.0])).merged(batch)
+    totals = latent_stats.Totals(2.0**24, np.array([0.0]), np.array([0.0])).merged(
+        batch, np.eye(len(Cause), dtype=np.int32)[2]
+    )
     assert totals.num_tokens == 2**24 + 3
+    assert totals.bad.tolist() == [0, 0, 1] + (len(Cause) - 3) * [0]
     assert totals.mean[0] == pytest.approx(3 / (2**24 + 3), rel=1e-12)
 
 
@@ -149,10 +155,10 @@ def test_broken_images_are_counted_and_too_many_stop(
     pictures = write_pictures(tmp_path / "pictures", 7)
     (pictures / "0" / "bad.png").write_text("no image")
     call(folder, "plain", "--out", tmp_path / "a.safetensors", "--max-bad-fraction", 0.2, data=pictures)
-    assert "1 of 8 images could not be read" in caplog.text
+    assert "1 of 8 records skipped (not_an_image 1)" in caplog.text
     for _ in range(2):  # a second run judges as the first
         with pytest.raises(
-            SystemExit, match=r"1 of 8 records \(12\.5%\) could not be used, above max_bad_fraction=0\.01"
+            SystemExit, match=r"1 of 8 records \(12\.5%\) could not be used \(not_an_image 1\), above max_bad_fraction"
         ):
             call(folder, "plain", "--out", tmp_path / "b.safetensors", data=pictures)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "pictures"]
@@ -165,7 +171,7 @@ def test_mended_images_are_read_again(folder: Path, tmp_path: Path) -> None:
     for file in files:
         file.write_text("no image")
     options = ("--out", tmp_path / "a.safetensors", "--save-every", 1)
-    with pytest.raises(SystemExit, match=r"none of the 17 images of .*pictures could be read: .*\.png cannot be read"):
+    with pytest.raises(SystemExit, match=r"none of the 17 images of .*pictures could be read: .*\.png"):
         call(folder, "plain", *options, "--max-bad-fraction", 0.5, data=pictures)
     for file, content in zip(files, contents, strict=True):
         file.write_bytes(content)

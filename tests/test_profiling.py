@@ -30,9 +30,10 @@ def test_host_times_by_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     with clock.phase("trace"):
         now.seconds += 7.0
     times = {"time/step": 2.0, "time/data_wait": 0.5, "time/checkpoint": 10.0, "time/sample": 0.0, "time/trace": 7.0}
-    assert clock.line(4) == times
+    assert clock.line(4) == times | {"time/data_wait_fraction": 0.25}
     now.seconds += 3.0
-    assert clock.line(1) == {"time/step": 3.0, "time/data_wait": 0.0, "time/checkpoint": 0.0, "time/sample": 0.0}
+    times = {"time/step": 3.0, "time/data_wait": 0.0, "time/checkpoint": 0.0, "time/sample": 0.0}
+    assert clock.line(1) == times | {"time/data_wait_fraction": 0.0}
 
 
 def traced(folder: Path | epath.Path, first: int, last: int, **options: Any) -> None:

@@ -116,7 +116,7 @@ def test_what_cannot_be_read_is_skipped_and_said(
     (pictures / "bad.png").write_text("no image")
     Image.new("RGB", (40, 7)).save(pictures / "small.png")
     call(folder, tmp_path / "out", pictures)
-    assert "bad.png cannot be read" in caplog.text
+    assert "bad.png is none: it begins" in caplog.text
     assert "small.png has 40x7 pixels, less than one patch of 8x8: enlarge it first" in caplog.text
     assert "2 pictures were skipped" in capsys.readouterr().out
 

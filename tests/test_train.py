@@ -227,6 +227,8 @@ def test_autoencoder_then_diffusion_then_pictures(
         ({"optim.lr": float("nan")}, r"config\.optim\.lr is nan"),
         ({"optim.b1": 1.0}, r"config\.optim\.b1 is 1\.0"),
         ({"data.num_threads": -1}, r"config\.data\.num_threads is -1: it must be zero or above"),
+        ({"data.num_workers": -1}, r"config\.data\.num_workers is -1: it must be zero or above"),
+        ({"data.remote.timeout": 0.0}, r"config\.data\.remote\.timeout is 0\.0: it must be above zero"),
         ({"model.remat": "dot"}, "dots"),
         ({"model.dtype": "bf16"}, "bfloat16"),
         ({"sample.solver": "heun"}, "did you mean 'heun"),
@@ -259,6 +261,8 @@ def test_broken_images_are_skipped_and_counted_and_too_many_stop_the_run(tmp_pat
     train.main(config, str(tmp_path / "run"))
     line = scalars(tmp_path / "run")[-1]
     assert line["data/bad_fraction"] == pytest.approx(2 / 16)
+    assert (line["data/bad/not_an_image"], line["data/bad/not_json"]) == (1, 1)
+    assert 0 <= line["time/data_wait_fraction"] <= 1
     assert np.isfinite(line["loss"])
 
     config = small_config(data, num_train_steps=30, **{"data.max_bad_fraction": 0.01})

@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from data_pipelines.records import BadRecord, Record
+from data_pipelines import files
+from data_pipelines.records import BadRecord, Cause, Record
 
 Value = TypeVar("Value")
 
@@ -26,14 +27,14 @@ def read(record: Record, side: int) -> Float[np.ndarray, "side side 3"]:
     Raises:
         BadRecord: It cannot be read as an image.
     """
+    content = files.read_bytes(record.path) if record.image is None else record.image
     try:
-        with Image.open(record.path if record.image is None else io.BytesIO(record.image)) as image:
+        with Image.open(io.BytesIO(content)) as image:
             return centre_square(image.convert("RGB"), side)
-    except FileNotFoundError as error:
-        raise BadRecord(f"image {record.path} does not exist") from error
     # Pillow's decoders answer broken bytes with OSError, SyntaxError, struct.error, IndexError and many others.
     except Exception as error:
-        raise BadRecord(f"image {record.path} cannot be read ({type(error).__name__}: {error})") from error
+        message = f"image {record.path} cannot be read ({type(error).__name__}: {error})"
+        raise BadRecord(Cause.DAMAGED, message) from error
 
 
 def centre_square(image: Image.Image, side: int) -> Float[np.ndarray, "side side 3"]:

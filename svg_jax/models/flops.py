@@ -25,13 +25,21 @@ from svg_jax.models.residual import ResidualConfig
 
 
 def text_to_image_step(
-    model: NextDiTConfig, sizes: AutoencoderConfig, text: Gemma2Config, image_tokens: int, text_tokens: int
+    model: NextDiTConfig,
+    sizes: AutoencoderConfig,
+    text: Gemma2Config,
+    image_tokens: int,
+    text_tokens: int,
+    pack: int = 1,
 ) -> float:
-    """Of one sample in a training step: 3 transformer + vision model + residual branch + language model."""
-    frozen = vit(sizes.encoder, image_tokens) + gemma2_features(text, text_tokens)
+    """Of one sequence in a training step: 3 transformer + vision model + residual branch + language model.
+
+    A sequence holds `pack` images of `image_tokens` each, and their captions, which share `text_tokens`.
+    """
+    frozen = pack * vit(sizes.encoder, image_tokens) + gemma2_features(text, text_tokens)
     if sizes.residual is not None:
-        frozen += residual(sizes.residual, image_tokens)
-    return 3 * next_dit(model, image_tokens, text_tokens) + frozen
+        frozen += pack * residual(sizes.residual, image_tokens)
+    return 3 * next_dit(model, image_tokens, text_tokens, pack) + frozen
 
 
 def autoencoder_step(
@@ -56,12 +64,15 @@ def autoencoder_step(
     return total
 
 
-def next_dit(config: NextDiTConfig, image_tokens: int, text_tokens: int) -> float:
-    """Of one sample's forward pass.
+def next_dit(config: NextDiTConfig, image_tokens: int, text_tokens: int, pack: int = 1) -> float:
+    """Of one sequence's forward pass.
+
+    It holds `pack` images of `image_tokens` each, and text; images are refined apart, and the joint layers compute
+    attention among all tokens of a sequence and mask what belongs to other images.
 
     A block of width d, m hidden channels, h heads and k key heads of c channels, on s tokens:
     2 s d (2 h + 2 k) c for queries, keys, values and output, 4 s^2 d for attention, 6 s d m for SwiGLU, and
-    8 e d for the modulation by a time embedding of e channels where there is one.
+    8 e d for the modulation by a time embedding of e channels for each image where there is one.
     """
     dim, time = config.dim, config.time_dim
     projections = 2 * dim * (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
@@ -70,12 +81,12 @@ def next_dit(config: NextDiTConfig, image_tokens: int, text_tokens: int) -> floa
     def block(tokens: int, modulation: int) -> int:
         return tokens * token + 4 * tokens**2 * dim + modulation
 
-    embeddings = 2 * text_tokens * config.text_dim * dim + 2 * image_tokens * config.token_channels * dim
-    embeddings += 2 * (TIME_FREQUENCIES * time + time**2)
-    refiners = config.num_refiner_layers * (block(text_tokens, 0) + block(image_tokens, 8 * time * dim))
-    joint = config.num_layers * block(image_tokens + text_tokens, 8 * time * dim)
-    final = 2 * image_tokens * config.token_channels * dim + 2 * time * dim
-    return float(embeddings + refiners + joint + final)
+    image = 2 * image_tokens * config.token_channels * dim + 2 * (TIME_FREQUENCIES * time + time**2)
+    image += config.num_refiner_layers * block(image_tokens, 8 * time * dim)
+    image += 2 * image_tokens * config.token_channels * dim + 2 * time * dim  # the final layer
+    text = 2 * text_tokens * config.text_dim * dim + config.num_refiner_layers * block(text_tokens, 0)
+    joint = config.num_layers * block(pack * image_tokens + text_tokens, pack * 8 * time * dim)
+    return float(pack * image + text + joint)
 
 
 def vit(config: EncoderConfig | ResidualConfig, patches: int) -> float:
@@ -96,7 +107,7 @@ def residual(config: ResidualConfig, patches: int) -> float:
 
 
 def gemma2_features(config: Gemma2Config, tokens: int) -> float:
-    """Of one caption's features, for which the last layer is not computed; looking tokens up takes none.
+    """Of the features of one row of tokens, for which the last layer is not computed; looking tokens up takes none.
 
     A layer of width d, m hidden channels, h heads and k key heads of c channels on s tokens: 2 s d (2 h + 2 k) c for
     queries, keys, values and output, 4 s^2 h c for attention, 6 s d m for the gated feed-forward layers.

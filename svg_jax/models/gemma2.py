@@ -19,9 +19,11 @@ from svg_jax.nn.attention import attention
 from svg_jax.nn.linear import linear, sharded
 from svg_jax.nn.norms import OffsetRMSNorm
 from svg_jax.nn.rotary import axis_table, rotate_halves
+from svg_jax.nn.segments import places
 from svg_jax.nn.stack import scan_layers, stacked
 from svg_jax.parallel import constrain_tokens
 
+Rotary = tuple[Array, Array]  # cos and sin
 EVERYTHING = np.iinfo(np.int32).max  # the window of a layer that looks at all tokens before
 
 
@@ -128,19 +130,17 @@ class Attention(nnx.Module):
         self.v_proj = dense(config, config.dim, kv_width, ("embed", "heads"), rngs=rngs)
         self.o_proj = dense(config, width, config.dim, ("heads", "embed"), rngs=rngs)
 
-    def __call__(self, x: Array, rotary: tuple[Array, Array], valid: Array, window: Array) -> Array:
-        return self._mix(*self._project(x, rotary), valid=valid, window=window)
+    def __call__(self, x: Array, rotary: Rotary, valid: Array | None, segments: Array | None, window: Array) -> Array:
+        return self._mix(*self._project(x, rotary), valid=valid, segments=segments, window=window)
 
-    def extend(
-        self, x: Array, rotary: tuple[Array, Array], positions: Array, window: Array, cache: Cache
-    ) -> tuple[Array, Cache]:
+    def extend(self, x: Array, rotary: Rotary, positions: Array, window: Array, cache: Cache) -> tuple[Array, Cache]:
         """Writes keys and values into one layer's cache at `positions`, then attends to what is there up to them."""
         q, k, v = self._project(x, rotary)
         put = jax.vmap(lambda slots, new, places: slots.at[places].set(new))
         cache = Cache(put(cache.keys, k, positions), put(cache.values, v, positions))
         return self._mix(q, *cache, positions=positions, window=window), cache
 
-    def _project(self, x: Array, rotary: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+    def _project(self, x: Array, rotary: Rotary) -> tuple[Array, Array, Array]:
         q, k, v = (
             proj(x).reshape(*x.shape[:2], -1, self.config.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
@@ -178,12 +178,10 @@ class Layer(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
         self.post_feedforward_layernorm = OffsetRMSNorm(config.dim, eps=config.norm_eps)
 
-    def __call__(self, x: Array, rotary: tuple[Array, Array], valid: Array, window: Array) -> Array:
-        return self._add(x, self.self_attn(self.input_layernorm(x), rotary, valid, window))
+    def __call__(self, x: Array, rotary: Rotary, valid: Array | None, segments: Array | None, window: Array) -> Array:
+        return self._add(x, self.self_attn(self.input_layernorm(x), rotary, valid, segments, window))
 
-    def extend(
-        self, x: Array, rotary: tuple[Array, Array], positions: Array, window: Array, cache: Cache
-    ) -> tuple[Array, Cache]:
+    def extend(self, x: Array, rotary: Rotary, positions: Array, window: Array, cache: Cache) -> tuple[Array, Cache]:
         """The same on tokens that follow those in the layer's cache, see `Attention.extend`."""
         branch, cache = self.self_attn.extend(self.input_layernorm(x), rotary, positions, window, cache)
         return self._add(x, branch), cache
@@ -247,6 +245,12 @@ class Gemma2(nnx.Module):
         """
         return self._run(tokens, mask, stop=self.config.num_layers - 1)[0]
 
+    def packed_features(
+        self, tokens: Int[Array, "rows length"], segments: Int[Array, "rows length"]
+    ) -> Float[Array, "rows length dim"]:
+        """The `features` of several texts a row, each as if it stood alone; for `segments` see `nn.segments`."""
+        return self._run(tokens, None, segments, stop=self.config.num_layers - 1)[0]
+
     def last_hidden_state(
         self, tokens: Int[Array, "batch length"], mask: Bool[Array, "batch length"]
     ) -> Float[Array, "batch length dim"]:
@@ -308,25 +312,25 @@ class Gemma2(nnx.Module):
         return jnp.where(even, jnp.int32(self.config.sliding_window), jnp.int32(EVERYTHING))
 
     def _run(
-        self, tokens: Array, mask: Array, *, stop: int | None = None, collect: bool = False
+        self,
+        tokens: Array,
+        mask: Array | None,
+        segments: Array | None = None,
+        *,
+        stop: int | None = None,
+        collect: bool = False,
     ) -> tuple[Array, Array | None]:
         config = self.config
         batch, length = tokens.shape
-        cos, sin = (
-            jnp.broadcast_to(jnp.asarray(table)[None], (batch, *table.shape))
-            for table in axis_table(config.head_dim, length, config.rope_base)
-        )
+        tables = axis_table(config.head_dim, length, config.rope_base)
+        if segments is None:
+            cos, sin = (jnp.broadcast_to(jnp.asarray(table)[None], (batch, *table.shape)) for table in tables)
+        else:  # each text begins at position 0
+            positions = places(segments)
+            cos, sin = (jnp.asarray(table)[positions] for table in tables)
         x = constrain_tokens(self.embed_tokens(tokens))
-        return scan_layers(
-            self.layers,
-            x,
-            (cos, sin),
-            mask,
-            per_layer=(self._windows(),),
-            stop=stop,
-            dtype=config.dtype,
-            collect=collect,
-        )
+        args, windows = ((cos, sin), mask, segments), (self._windows(),)
+        return scan_layers(self.layers, x, *args, per_layer=windows, stop=stop, dtype=config.dtype, collect=collect)
 
 
 def greedy(

@@ -22,6 +22,7 @@ from svg_jax.nn.linear import linear
 from svg_jax.nn.norms import LayerNorm, RMSNorm
 from svg_jax.nn.patches import token_mask, token_positions
 from svg_jax.nn.rotary import multi_axis, rotate_interleaved
+from svg_jax.nn.segments import lengths_of, places, to_tokens
 from svg_jax.nn.stack import scan_layers, stacked
 from svg_jax.parallel import constrain_tokens
 
@@ -130,14 +131,17 @@ class Attention(nnx.Module):
             self.q_norm = RMSNorm(config.head_dim, eps=config.qk_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, eps=config.qk_norm_eps)
 
-    def __call__(self, x: Array, rotary: tuple[Array, Array], valid: Array) -> Array:
+    def __call__(
+        self, x: Array, rotary: tuple[Array, Array], valid: Array | None, segments: Array | None = None
+    ) -> Array:
         heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
         qkv = self.qkv(x).reshape(*x.shape[:2], heads + 2 * kv_heads, self.config.head_dim)
         q, k, v = jnp.split(qkv, (heads, heads + kv_heads), axis=2)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate_interleaved(q, *rotary), rotate_interleaved(k, *rotary)
-        return self.out(attention(q, k, v, valid=valid, backend=self.config.attention).reshape(x.shape))
+        mixed = attention(q, k, v, valid=valid, segments=segments, backend=self.config.attention)
+        return self.out(mixed.reshape(x.shape))
 
 
 class FeedForward(nnx.Module):
@@ -175,13 +179,22 @@ class Block(nnx.Module):
         if modulated:
             self.adaLN_modulation = modulation(config, 4 * config.dim, rngs=rngs)
 
-    def __call__(self, x: Array, rotary: tuple[Array, Array], valid: Array, time: Array | None = None) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        rotary: tuple[Array, Array],
+        valid: Array | None,
+        time: Array | None = None,
+        segments: Array | None = None,
+    ) -> Array:
         if time is None:
-            x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rotary, valid))
+            x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rotary, valid, segments))
             x = x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
         else:
-            scale1, gate1, scale2, gate2 = jnp.split(sequence(self.adaLN_modulation, time)[:, None], 4, axis=-1)
-            branch = self.attention(self.attention_norm1(x) * (1 + scale1), rotary, valid)
+            values = sequence(self.adaLN_modulation, time)
+            values = values[:, None] if segments is None else to_tokens(values, segments)
+            scale1, gate1, scale2, gate2 = jnp.split(values, 4, axis=-1)
+            branch = self.attention(self.attention_norm1(x) * (1 + scale1), rotary, valid, segments)
             x = x + jnp.tanh(gate1) * self.attention_norm2(branch)
             branch = self.feed_forward(self.ffn_norm1(x) * (1 + scale2))
             x = x + jnp.tanh(gate2) * self.ffn_norm2(branch)
@@ -268,58 +281,93 @@ class NextDiT(nnx.Module):
         self,
         x: Float[Array, "batch image_tokens channels"],
         t: Float[Array, " batch"],
-        text: Float[Array, "batch text_tokens text_dim"],
+        text: Float[Array, "rows text_tokens text_dim"],
         *,
         grid: Int[Array, "batch 2"],
-        text_mask: Bool[Array, "batch text_tokens"],
+        text_mask: Bool[Array, "rows text_tokens"] | None = None,
+        text_segments: Int[Array, "rows text_tokens"] | None = None,
     ) -> Float[Array, "batch image_tokens channels"]:
         """Predicts x1 - x0 (data minus noise) at x_t.
 
         Args:
             x: Noised image features, row-major, the first rows * cols tokens of each image valid.
             t: Time, 0 for noise and 1 for data.
-            text: Text features, right padded.
+            text: Text features, right padded; a row for each image, or for `batch / rows` images that follow one
+                another in the batch: those and their captions form one sequence, in which each sees its own.
             grid: (rows, cols) of each image, in tokens.
-            text_mask: Which text tokens are valid.
+            text_mask: Which text tokens are valid, with a row for each image.
+            text_segments: Of which image of its row each text token is, see `nn.segments`; in the place of
+                `text_mask`. Every caption must have fewer tokens than `axes_lens[0]`.
 
         Returns:
             float32 velocity; what stands in masked slots means nothing.
         """
         config = self.config
         dtype = jnp.dtype(config.dtype)
-        text_tokens, image_tokens = text.shape[1], x.shape[1]
-        if text_tokens >= config.axes_lens[0]:
-            raise ValueError(f"{text_tokens} text tokens, but axes_lens[0] = {config.axes_lens[0]} allows fewer")
-
+        (rows, text_tokens), image_tokens = text.shape[:2], x.shape[1]
         image_mask = token_mask(grid, image_tokens)
-        cos, sin = multi_axis(positions(grid, text_mask, image_tokens), config.axes_dims, config.axes_lens)
+        time = time_of_rows = self.t_embedder(t)
+        if text_segments is None:
+            if text_tokens >= config.axes_lens[0]:
+                raise ValueError(f"{text_tokens} text tokens, but axes_lens[0] = {config.axes_lens[0]} allows fewer")
+            assert text_mask is not None
+            ids = positions(grid, text_mask, image_tokens)
+            valid, segments = jnp.concatenate([text_mask, image_mask], axis=1), None
+        else:
+            ids = packed_positions(grid, text_segments, image_tokens)
+            valid, segments = None, packed_segments(text_segments, image_mask)
+            time_of_rows = time.reshape(rows, -1, time.shape[-1])
+        cos, sin = multi_axis(ids, config.axes_dims, config.axes_lens)
         text_rotary = cos[:, :text_tokens], sin[:, :text_tokens]
-        image_rotary = cos[:, text_tokens:], sin[:, text_tokens:]
+        image_rotary = tuple(table[:, text_tokens:].reshape(*x.shape[:2], -1) for table in (cos, sin))
 
-        time = self.t_embedder(t)
         text = sequence(self.cap_embedder, text.astype(dtype))
         image = constrain_tokens(self.x_embedder(x.astype(dtype)))
         run = functools.partial(scan_layers, remat=config.remat, dtype=config.dtype)
-        text, _ = run(self.context_refiner, text, text_rotary, text_mask)
+        text, _ = run(self.context_refiner, text, text_rotary, text_mask, None, text_segments)
         image, _ = run(self.noise_refiner, image, image_rotary, image_mask, time)
 
-        # Attention sees positions and a mask, not an order: padding between text and image changes nothing.
-        joint = jnp.concatenate([text, image], axis=1)
-        valid = jnp.concatenate([text_mask, image_mask], axis=1)
-        joint, _ = run(self.layers, constrain_tokens(joint), (cos, sin), valid, time)
-        return self.final_layer(joint[:, text_tokens:], time).astype(jnp.float32)
+        # Attention sees positions and a mask, not an order: padding between text and image changes nothing, nor does
+        # it matter what stands between an image and its caption.
+        joint = jnp.concatenate([text, image.reshape(rows, -1, config.dim)], axis=1)
+        joint, _ = run(self.layers, constrain_tokens(joint), (cos, sin), valid, time_of_rows, segments)
+        return self.final_layer(joint[:, text_tokens:].reshape(image.shape), time).astype(jnp.float32)
 
 
 def positions(
     grid: Int[Array, "batch 2"], text_mask: Bool[Array, "batch text_tokens"], image_tokens: int
 ) -> Int[Array, "batch tokens 3"]:
     """Text token i is at (i, 0, 0), image token (r, c) at (number of valid text tokens, r, c)."""
-    batch, text_tokens = text_mask.shape
-    text = jnp.broadcast_to(jnp.arange(text_tokens, dtype=jnp.int32)[None], (batch, text_tokens))
-    after = jnp.sum(text_mask, axis=1, dtype=jnp.int32)[:, None]
+    text = jnp.broadcast_to(jnp.arange(text_mask.shape[1], dtype=jnp.int32)[None], text_mask.shape)
+    return _positions(grid, text, jnp.sum(text_mask, axis=1, dtype=jnp.int32), image_tokens)
+
+
+def packed_positions(
+    grid: Int[Array, "batch 2"], text_segments: Int[Array, "rows text_tokens"], image_tokens: int
+) -> Int[Array, "rows tokens 3"]:
+    """The `positions` that each image and its caption have alone."""
+    lengths = lengths_of(text_segments, grid.shape[0] // text_segments.shape[0])
+    text = jnp.where(text_segments > 0, places(text_segments), 0)
+    return _positions(grid, text, lengths.reshape(-1), image_tokens)
+
+
+def _positions(
+    grid: Int[Array, "batch 2"], text: Int[Array, "rows text_tokens"], after: Int[Array, " batch"], image_tokens: int
+) -> Int[Array, "rows tokens 3"]:
     rows, cols = token_positions(grid, image_tokens)
-    image = jnp.stack([jnp.broadcast_to(after, rows.shape), rows, cols], axis=-1)
+    image = jnp.stack([jnp.broadcast_to(after[:, None], rows.shape), rows, cols], axis=-1)
+    image = image.reshape(text.shape[0], -1, 3)
     return jnp.concatenate([jnp.pad(text[..., None], ((0, 0), (0, 0), (0, 2))), image], axis=1)
+
+
+def packed_segments(
+    text_segments: Int[Array, "rows text_tokens"], image_mask: Bool[Array, "batch image_tokens"]
+) -> Int[Array, "rows tokens"]:
+    """Segments of [text | image | image | ..]."""
+    by_image = image_mask.reshape(text_segments.shape[0], -1, image_mask.shape[1])
+    number = jnp.arange(1, by_image.shape[1] + 1, dtype=jnp.int32)[None, :, None]
+    image = jnp.where(by_image, number, 0).reshape(text_segments.shape[0], -1)
+    return jnp.concatenate([text_segments, image], axis=1)
 
 
 def sequence(layers: nnx.List[Any], x: Array) -> Array:

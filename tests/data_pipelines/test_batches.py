@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import logging
+import pickle
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import batches as data_batches
-from data_pipelines import images, text
-from data_pipelines.batches import BadRecordCounter, Batch, TextToImageBatches, make_loader
+from data_pipelines import images, packing, text
+from data_pipelines.batches import Batch, TextToImageBatches
+from data_pipelines.broken import CAUSES
 from data_pipelines.order import shuffled_index
+from data_pipelines.records import Cause
 from data_pipelines.sources import open_source
 
 NUM_RECORDS = 11
@@ -59,9 +60,11 @@ def test_a_batch_keeps_the_contract(data: Path) -> None:
         "grid": ((4, 2), np.int32),
         "tokens": ((4, 160), np.int32),
         "num_tokens": ((4,), np.int32),
+        "cause": ((4,), np.int32),
         "record": ((4,), np.int64),
     }
-    assert (batch["num_bad"], batch["num_truncated"]) == (0, 0)
+    assert not batch["cause"].any()
+    assert batch["num_truncated"] == 0
 
 
 def test_a_slot_holds_its_record_cropped_and_its_caption(data: Path) -> None:
@@ -117,10 +120,10 @@ def test_processes_hold_slices_of_the_same_batches(data: Path, process_count: in
     for step in range(4):
         expected = whole[step]
         parts = [part[step] for part in slices]
-        for key in ("patches", "grid", "tokens", "num_tokens", "record"):
+        for key in ("patches", "grid", "tokens", "num_tokens", "cause", "record"):
             joined = np.concatenate([part[key] for part in parts])  # type: ignore[literal-required]
             np.testing.assert_array_equal(joined, expected[key])  # type: ignore[literal-required]
-        assert sum(part["num_bad"] for part in parts) == expected["num_bad"]
+        assert sum(part["num_truncated"] for part in parts) == expected["num_truncated"]
 
 
 def test_every_process_knows_the_records_of_all(data: Path) -> None:
@@ -128,17 +131,6 @@ def test_every_process_knows_the_records_of_all(data: Path) -> None:
     for step in (0, 3):
         records = [record for part in slices for record in part[step]["record"].tolist()]
         assert slices[0].records(step) == slices[1].records(step) == records
-
-
-@pytest.mark.parametrize("num_threads", [0, 3])
-def test_a_loader_from_any_step_goes_on_as_if_uninterrupted(data: Path, num_threads: int) -> None:
-    batches = make(data)
-    expected = [batches[step] for step in range(8)]
-    for start in (0, 5):
-        loader = make_loader(batches, start_step=start, num_threads=num_threads, prefetch=num_threads)
-        for batch, step in zip(loader, range(start, 8), strict=False):
-            assert_equal(batch, expected[step])
-        loader.close()
 
 
 def test_dropped_captions_are_the_start_token_alone(data: Path) -> None:
@@ -173,62 +165,90 @@ def test_the_autoencoder_has_one_grid_and_no_captions(data: Path) -> None:
     assert batch["num_truncated"] == 0
 
 
+def test_captions_of_a_pack_share_a_row_and_the_rest_is_as_without(data: Path) -> None:
+    plain, packed = make(data, caption_dropout=0.0), make(data, caption_dropout=0.0, pack=2, max_packed_tokens=200)
+    for step in range(3):
+        one, two = plain[step], packed[step]
+        for key in ("patches", "grid", "cause", "record"):
+            np.testing.assert_array_equal(two[key], one[key])  # type: ignore[literal-required]
+        ids = [one["tokens"][slot, : one["num_tokens"][slot]].tolist() for slot in range(4)]
+        tokens, num_tokens, cut = packing.pack_tokens(ids, 2, 200, text.ByteTokenizer.pad_id)
+        assert two["tokens"].shape == (2, 200)
+        np.testing.assert_array_equal(two["tokens"], tokens)
+        np.testing.assert_array_equal(two["num_tokens"], num_tokens)
+        assert two["num_truncated"] == cut.sum() > 0
+
+
+def test_several_captions_are_drawn_anew_each_epoch_and_by_their_index_alone(data: Path, tmp_path: Path) -> None:
+    lines = [{"path": str(data.parent / f"{i}.png"), "prompt": ["a", ["b", 3.0], "c"]} for i in range(NUM_RECORDS)]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    batches = make(tmp_path / "list.jsonl", caption_dropout=0.0, system_prompt="empty")
+    drawn = {}
+    for step in range(2 * NUM_RECORDS):
+        batch = batches[step]
+        drawn |= {batches.draw(4 * step + slot): caption(batch, slot) for slot in range(4)}
+    assert len(drawn) == 8 * NUM_RECORDS
+    counts = Counter(drawn.values())
+    assert set(counts) == {"a", "b", "c"}
+    assert 0.4 < counts["b"] / len(drawn) < 0.8
+    single = make(tmp_path / "list.jsonl", caption_dropout=0.0, system_prompt="empty", batch_size=1)
+    assert all(caption(single[k], 0) == drawn[single.draw(k)] for k in range(2 * NUM_RECORDS))
+
+
+BROKEN = {  # after one good record, one for each way in which a record can be broken
+    "cut.png": Cause.TRUNCATED,
+    "text.png": Cause.NOT_AN_IMAGE,
+    "none.png": Cause.MISSING,
+    "float.tiff": Cause.MODE,
+    "empty.png": Cause.EMPTY,
+    "": Cause.VALUE,
+}
+
+
 @pytest.fixture
 def bad_data(data: Path, tmp_path: Path) -> Path:
-    """One good record, then one for each way in which a record can be broken."""
     (tmp_path / "cut.png").write_bytes((data.parent / "0.png").read_bytes()[:60])
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "empty.png").touch()
     Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "float.tiff")
-    lines = [
-        json.dumps({"path": str(data.parent / "0.png"), "prompt": "good"}),
-        json.dumps({"path": "cut.png", "prompt": "a broken image"}),
-        "",
-        "{not json",
-        json.dumps({"path": "0.png"}),
-        json.dumps({"path": "none.png", "prompt": "no such image"}),
-        json.dumps({"path": "float.tiff", "prompt": "a mode that cannot become RGB"}),
-    ]
-    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    lines = [{"path": str(data.parent / "0.png"), "prompt": "good"}]
+    lines += [{"path": name, "prompt": "a caption"} for name in BROKEN]
+    (tmp_path / "list.jsonl").write_text("\n".join([*map(json.dumps, lines), "{not json", '{"path": "0.png"}']))
     return tmp_path / "list.jsonl"
 
 
-def test_bad_records_leave_their_slot_empty(bad_data: Path) -> None:
-    batches = make(bad_data, batch_size=7, caption_dropout=0.0, shuffle=False)
-    batch = next(make_loader(batches, num_threads=0, prefetch=0))
-    assert batch["num_bad"] == 6
-    assert batch["record"].tolist() == list(range(7))
-    assert batch["grid"].tolist() == [[8, 8]] + 6 * [[0, 0]]
+@pytest.mark.parametrize("num_threads", [0, 3])
+def test_bad_records_leave_their_slot_empty_with_a_cause(bad_data: Path, num_threads: int) -> None:
+    batches = make(bad_data, batch_size=9, caption_dropout=0.0, shuffle=False)
+    with ThreadPoolExecutor(max(num_threads, 1)) as threads:
+        batch = batches.read(0, threads if num_threads else None)
+    expected = [*BROKEN.values(), Cause.NOT_JSON, Cause.CAPTION]
+    assert [CAUSES[number - 1] for number in batch["cause"][1:]] == expected
+    assert batch["cause"][0] == 0
+    assert batch["record"].tolist() == list(range(9))
+    assert batch["grid"].tolist() == [[8, 8]] + 8 * [[0, 0]]
     assert caption(batch, 0).endswith("good")
-    assert batch["num_tokens"].tolist()[1:] == 6 * [1]
+    assert batch["num_tokens"].tolist()[1:] == 8 * [1]
     assert (batch["tokens"][1:, 0] == text.ByteTokenizer.bos_id).all()
     assert not batch["patches"][1:].any()
 
 
-def test_every_cause_is_logged_with_its_line(
-    bad_data: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(data_batches, "_SECONDS_BETWEEN_WARNINGS", 0)
-    with caplog.at_level(logging.WARNING, logger="absl"):
-        make(bad_data, batch_size=7, shuffle=False)[0]
-    causes = ["cut.png cannot be read", "is an empty line", "is not JSON", "lacks", "none.png does not exist", "mode F"]
-    for i, (cause, message) in enumerate(zip(causes, caplog.messages, strict=True), start=1):
-        assert message.startswith(f"record {i} skipped: {bad_data}:{i + 1}")
-        assert cause in message
+def test_a_record_without_a_caption_is_fine_where_all_are_dropped(bad_data: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.jsonl").write_text(json.dumps({"path": str(data.parent / "1.png")}))
+    batch = make(tmp_path / "list.jsonl", batch_size=1, caption_dropout=1.0)[0]
+    assert (batch["cause"].tolist(), batch["num_tokens"].tolist()) == ([0], [1])
 
 
-def test_warnings_are_limited_in_rate(bad_data: Path, caplog: pytest.LogCaptureFixture) -> None:
-    batches = make(bad_data, batch_size=7, shuffle=False)
-    with caplog.at_level(logging.WARNING, logger="absl"):
-        assert [batches[step]["num_bad"] for step in range(5)] == 5 * [6]
-    assert len(caplog.messages) <= 1
-
-
-def test_an_error_that_is_no_bad_record_ends_the_loader(data: Path) -> None:
+def test_threads_read_what_one_reads(data: Path) -> None:
     batches = make(data)
-    batches._tokenizer = None  # type: ignore[assignment]
-    loader = make_loader(batches)
-    with pytest.raises(AttributeError):
-        next(loader)
-    loader.close()
+    with ThreadPoolExecutor(3) as threads:
+        for step in range(4):
+            assert_equal(batches.read(step, threads), batches[step])
+
+
+def test_batches_travel_to_other_processes(data: Path) -> None:
+    batches = make(data)
+    assert_equal(pickle.loads(pickle.dumps(batches))[3], batches[3])
 
 
 @pytest.mark.parametrize(
@@ -241,26 +261,10 @@ def test_an_error_that_is_no_bad_record_ends_the_loader(data: Path) -> None:
         ({"max_text_tokens": 0}, "max_text_tokens=0 leaves no room for the start token"),
         ({"caption_dropout": 1.5}, r"caption_dropout=1\.5 is not a share"),
         ({"seed": -1}, "seed=-1 is not in"),
+        ({"pack": 3, "max_packed_tokens": 99}, "4 captions do not fill rows of 3"),
+        ({"pack": 2}, "0 tokens have no room for the start tokens of 2 captions"),
     ],
 )
 def test_settings_that_cannot_work_are_named(data: Path, options: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         make(data, **options)
-
-
-def test_too_many_bad_records_stop_the_run() -> None:
-    counter = BadRecordCounter(max_bad_fraction=0.05, min_records=100)
-    for _ in range(9):
-        counter.update(num_bad=8, num_records=10)  # too few to judge
-    with pytest.raises(
-        RuntimeError, match=r"80 of 100 records \(80\.0%\) could not be used, above max_bad_fraction=0\.05"
-    ):
-        counter.update(num_bad=8, num_records=10)
-
-
-def test_few_bad_records_do_not_stop_the_run() -> None:
-    counter = BadRecordCounter(max_bad_fraction=0.05, min_records=100)
-    for num_bad in itertools.islice(itertools.cycle([0, 1]), 50):
-        counter.update(num_bad=num_bad, num_records=10)
-    assert counter.fraction == 0.05
-    assert (counter.num_bad, counter.num_records) == (25, 500)

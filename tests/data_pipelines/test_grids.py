@@ -14,9 +14,10 @@ import pytest
 from PIL import ExifTags, Image
 
 from data_pipelines import images, sizes
-from data_pipelines.batches import make_loader
+from data_pipelines.broken import CAUSES
 from data_pipelines.grids import Draw, GridBatches, by_grid
-from data_pipelines.records import BadRecord
+from data_pipelines.loader import make_loader
+from data_pipelines.records import BadRecord, Cause
 from data_pipelines.sizes import image_sizes
 from data_pipelines.sources import open_source
 
@@ -57,7 +58,7 @@ def test_a_batch_has_one_grid_and_its_records(data: Path) -> None:
         seen.add((width, height))
         assert batch["images"].dtype == np.uint8
         assert batch["valid"].all()
-        assert batch["num_bad"] == 0
+        assert not batch["cause"].any()
         for pixels, record in zip(batch["images"], batch["record"], strict=True):
             assert (pixels[..., 0] == 10 * record).all()
             assert images.nearest_size(SIZES[record % len(SIZES)], crop_sizes) == (width, height)
@@ -108,7 +109,7 @@ def test_processes_hold_slices_of_the_same_batches(data: Path, process_count: in
     assert {part.fingerprint for part in parts} == {whole.fingerprint}
     for step in (0, 3, 11, 12, 50):
         expected, slices = whole[step], [part[step] for part in parts]
-        for key in ("images", "valid", "record"):
+        for key in ("images", "valid", "cause", "record"):
             joined = np.concatenate([part[key] for part in slices])  # type: ignore[literal-required]
             np.testing.assert_array_equal(joined, expected[key])  # type: ignore[literal-required]
 
@@ -205,7 +206,8 @@ def test_images_without_a_size_are_in_no_grid_counted_and_named(
         assert batches.num_without_size == 3
         assert sorted(int(r) for grid in batches.grids for r in grid.records) == [0, 2, 4]
         assert "3 of 6 images" in caplog.text
-        assert again or ("text.png cannot be read" in caplog.text and "none.png does not exist" in caplog.text)
+        assert again or "not_an_image 1, missing 1, not_json 1" in caplog.text
+        assert again or ("text.png" in caplog.text and "none.png" in caplog.text)
 
 
 def test_too_many_images_without_a_size_are_fatal(with_bad: Path) -> None:
@@ -216,9 +218,22 @@ def test_too_many_images_without_a_size_are_fatal(with_bad: Path) -> None:
 def test_an_image_with_a_broken_body_leaves_its_slot_empty(with_bad: Path) -> None:
     batches = make(with_bad, batch_size=1)
     bad = [batches[step] for step in range(3) if batches.records(step) == [2]]
-    assert [(batch["num_bad"], batch["valid"].tolist(), int(batch["images"].max())) for batch in bad] == [
-        (1, [False], 0)
-    ]
+    (batch,) = bad
+    assert [CAUSES[number - 1] for number in batch["cause"]] == [Cause.TRUNCATED]
+    assert batch["valid"].tolist() == [False]
+    assert not batch["images"].any()
+
+
+def test_a_mixture_keeps_its_weights_or_says_that_it_cannot(data: Path, tmp_path: Path) -> None:
+    for name, records in (("a", range(6)), ("b", range(6, 12))):
+        lines = [json.dumps({"path": str(data.parent / f"{i}.png"), "prompt": ""}) for i in records]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    (tmp_path / "mix.yaml").write_text("META:\n- {path: a.jsonl, weight: 3}\n- {path: b.jsonl, weight: 1}\n")
+    batches = make(tmp_path / "mix.yaml", max_ratio=1.0)
+    drawn = [record for step in range(3 * 4) for record in batches[step]["record"]]  # 48 draws
+    assert sum(record < 6 for record in drawn) == 36
+    with pytest.raises(ValueError, match=r"mix\.yaml gives weights, which batches by grid cannot keep"):
+        make(tmp_path / "mix.yaml")
 
 
 def test_sizes_are_kept_and_measured_anew_for_other_records(

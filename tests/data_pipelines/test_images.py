@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import math
+import resource
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from data_pipelines import images
-from data_pipelines.records import BadRecord
+from data_pipelines.photographs import load_photograph
+from data_pipelines.records import BadRecord, Cause, Record
 from tests.vectors import Case, assert_close
 
 
@@ -82,6 +86,14 @@ def test_every_crop_fits_the_token_budget(resolution: int, patch_size: int, max_
         assert max(width, height) <= max_ratio * min(width, height)
     if max_ratio == 1.0:
         assert sizes == [(resolution, resolution)]
+
+
+@pytest.mark.parametrize(("resolution", "most"), [(256, 0.06), (512, 0.04), (1024, 0.02)])
+def test_little_of_the_token_budget_is_padding(resolution: int, most: float) -> None:
+    sizes = images.crop_sizes(resolution, 16)
+    shapes = [(round(1e5 * ratio), 100_000) for ratio in np.exp(np.linspace(-np.log(4), np.log(4), 501))]
+    filled = [math.prod(images.nearest_size(shape, sizes)) / resolution**2 for shape in shapes]
+    assert 1 - np.mean(filled) < most
 
 
 def test_small_patches_keep_the_same_grids_as_large_ones() -> None:
@@ -212,28 +224,171 @@ def wide_integers(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "reason"),
+    ("make", "cause", "reason"),
     [
-        (lambda path: None, "does not exist"),
-        (lambda path: path.mkdir(), "cannot be read"),
-        (lambda path: path.write_bytes(b""), "cannot be read"),
-        (lambda path: path.write_text("<html>not found</html>"), "cannot be read"),
-        (truncated, "cannot be read"),
-        (float_mode, r"mode F \(floats\) has no defined white"),
-        (wide_integers, "mode I .* holds 70000 to 70000; expected 0 to 65535"),
+        (lambda path: None, Cause.MISSING, "does not exist"),
+        (lambda path: path.mkdir(), Cause.NOT_A_FILE, "is a folder; expected a file"),
+        (lambda path: path.write_bytes(b""), Cause.EMPTY, "is empty"),
+        (
+            lambda path: path.write_text("<html>not found</html>"),
+            Cause.NOT_AN_IMAGE,
+            "is none: it begins b'<html>.*; expected JPEG, PNG",
+        ),
+        (truncated, Cause.TRUNCATED, "cannot be read"),
+        (float_mode, Cause.MODE, r"mode F \(floats\) has no defined white"),
+        (wide_integers, Cause.MODE, "mode I .* holds 70000 to 70000; expected 0 to 65535"),
     ],
     ids=["missing", "folder", "no bytes", "not an image", "truncated", "float mode", "32-bit mode"],
 )
-def test_a_file_that_cannot_be_used_is_a_bad_record(tmp_path: Path, make: Callable[[Path], None], reason: str) -> None:
+def test_a_file_that_cannot_be_used_is_a_bad_record(
+    tmp_path: Path, make: Callable[[Path], None], cause: Cause, reason: str
+) -> None:
     path = tmp_path / "a.image"
     make(path)
-    with pytest.raises(BadRecord, match=f"image {path} .*{reason}"):
+    with pytest.raises(BadRecord, match=f"^image {path} .*{reason}") as error:
         images.decode(path)
+    assert error.value.cause is cause
+    if cause not in (Cause.TRUNCATED, Cause.MODE):  # those stand behind the header
+        with pytest.raises(BadRecord, match=f"^image {path} .*{reason}") as error:
+            images.upright_size(path)
+        assert error.value.cause is cause
+
+
+def test_messages_of_a_record_begin_with_where_it_stands() -> None:
+    record = Record(3, "a.jpg", "list.jsonl:4", image=b"no image")
+    for read in (images.read, images.read_size, lambda record: images.read_for(record, [(64, 64)])):
+        with pytest.raises(BadRecord, match=r"^list.jsonl:4: image a.jpg is none") as error:
+            read(record)
+        assert error.value.cause is Cause.NOT_AN_IMAGE
+
+
+def test_an_image_beyond_the_limit_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = Record(0, "a.png", "list.jsonl:1", image=as_file(Image.new("RGB", (20, 10))))
+    monkeypatch.setattr(images, "MAX_PIXELS", 200)
+    assert images.read(record).size == (20, 10)
+    monkeypatch.setattr(images, "MAX_PIXELS", 199)
+    for read in (images.read, images.read_size):
+        with pytest.raises(BadRecord, match="cannot be used: it has 20 x 10 pixels, above 199") as error:
+            read(record)
+        assert error.value.cause is Cause.TOO_LARGE
+
+
+def as_file(image: Image.Image, image_format: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, image_format, **options)
+    return file.getvalue()
+
+
+def crops(
+    image: bytes, sizes: list[images.Size], words: tuple[int, int] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """With and without short cuts."""
+    record = Record(0, "image", "here", image=image)
+    fast, exact = (images.read_for(record, sizes, words, exact=exact) for exact in (False, True))
+    whole = images.read(record)
+    np.testing.assert_array_equal(exact, images.crop(whole, images.nearest_size(whole.size, sizes), words))
+    return np.asarray(fast).astype(int), np.asarray(exact).astype(int)
+
+
+def assert_close_enough(fast: np.ndarray, exact: np.ndarray) -> None:
+    """The tolerance that `read_for` states."""
+    assert fast.shape == exact.shape
+    difference = np.abs(fast - exact)
+    assert difference.mean() < 2
+    assert 10 * np.log10(255**2 / max((difference**2).mean(), 1e-9)) > 40
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["astronaut", "brick", "chelsea", "china", "coffee", "flower", "grass", "hubble_deep_field", "page", "rocket"],
+)
+def test_short_cuts_stay_within_the_tolerance_on_photographs(name: str) -> None:
+    photograph = load_photograph(name).convert("RGB")
+    width, height = photograph.size
+    views = [photograph, photograph.crop((0, 0, width // 8 * 8, height // 8 * 8)), photograph.crop((0, 0, 255, 150))]
+    files = []
+    for view in views:
+        files += [as_file(view), *(as_file(view, "JPEG", quality=q, subsampling=s) for q, s in [(95, 0), (75, 2)])]
+    num_changed = 0
+    for image in files:
+        for side in (32, 64, 128):
+            fast, exact = crops(image, images.crop_sizes(side, 8))
+            assert_close_enough(fast, exact)
+            num_changed += bool((fast != exact).any())
+    assert num_changed > len(files)  # short cuts were taken
+
+
+@pytest.mark.parametrize(
+    ("size", "target", "drafted"),
+    [
+        ((512, 512), (256, 256), (256, 256)),
+        ((2048, 1536), (256, 192), (256, 192)),
+        ((2048, 1536), (64, 48), (256, 192)),  # an eighth is the least; the rest is halved
+        ((1536, 512), (256, 192), (768, 256)),  # the short side decides, as for the release
+        ((2044, 1536), (64, 48), (511, 384)),
+        ((2047, 1536), (64, 48), (2047, 1536)),  # an odd side cannot be halved without moving pixels
+        ((511, 510), (256, 256), (511, 510)),
+    ],
+)
+def test_a_jpeg_is_decoded_smaller_where_the_crop_halves_it(
+    monkeypatch: pytest.MonkeyPatch, size: images.Size, target: images.Size, drafted: images.Size
+) -> None:
+    decoded = []
+    to_rgb = images.to_rgb
+    monkeypatch.setattr(images, "to_rgb", lambda image: decoded.append(image.size) or to_rgb(image))
+    record = Record(0, "a.jpg", "here", image=as_file(Image.fromarray(gradient(*size)), "JPEG"))
+    assert images.read_for(record, [target]).size == target
+    images.read_for(record, [target], exact=True)
+    assert decoded == [drafted, size]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_jpeg_is_cropped_upright_and_from_the_same_place(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    view = load_photograph("astronaut").crop((0, 0, 512, 256))
+    for words in (None, (1, 40)):
+        assert_close_enough(*crops(as_file(view, "JPEG", quality=95, exif=exif), [(128, 64), (64, 96)], words))
+
+
+@pytest.mark.parametrize(("image_format", "mode"), [("JPEG", "L"), ("JPEG", "CMYK"), ("MPO", "RGB"), ("WEBP", "RGB")])
+def test_short_cuts_in_other_modes(image_format: str, mode: str) -> None:
+    view = load_photograph("astronaut").convert(mode)
+    assert_close_enough(*crops(as_file(view, image_format, quality=95), [(128, 128)]))
+
+
+def test_without_halving_the_short_cuts_change_nothing() -> None:
+    view = as_file(load_photograph("coffee"), "JPEG")  # 600 x 400
+    for size in ((384, 256), (600, 400), (800, 512), (320, 208)):
+        np.testing.assert_array_equal(*crops(view, [size]))
+
+
+@pytest.mark.parametrize("size", [(1, 60000), (60000, 1), (60000, 2)])
+def test_a_line_is_cropped_without_making_it_huge(size: images.Size) -> None:
+    """Covering 256 x 256 pixels with it takes 4 to 12 GB."""
+    line = Image.new("RGB", size, (10, 20, 30))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert images.crop(line, (256, 256)).getcolors() == [(256 * 256, (10, 20, 30))]
+    assert images.crop(line, (256, 256), (2**31, 2**31 - 1)).size == (256, 256)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20 / 4  # KiB
+
+
+@pytest.mark.parametrize("words", [None, (0, 0), (12345, 678910)])
+def test_the_window_of_a_long_image_is_what_resizing_the_whole_gives(
+    monkeypatch: pytest.MonkeyPatch, words: tuple[int, int] | None
+) -> None:
+    image = load_photograph("astronaut").resize((700, 20))
+    window = np.asarray(images.crop(image, (32, 32), words)).astype(int)
+    monkeypatch.setattr(images, "_MOST_TO_RESIZE", 1000)
+    whole = np.asarray(images.crop(image, (32, 32), words))
+    assert np.abs(window - whole).max() <= 1
 
 
 def test_a_truncated_jpeg_is_a_bad_record(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     Image.fromarray(gradient(200, 200)).save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(BadRecord, match="truncated"):
-        images.decode(path)
+    for sizes in ([(200, 200)], [(64, 64)]):
+        with pytest.raises(BadRecord, match="truncated") as error:
+            images.read_for(Record(0, str(path), "here"), sizes)
+        assert error.value.cause is Cause.TRUNCATED

@@ -1,132 +1,144 @@
-"""JSON Lines and JSON lists: what is fatal, what is one bad record, and what each message names."""
+"""Which kind of source a path opens, from where, and what is said of paths that open none."""
 
 from __future__ import annotations
 
-import itertools
+import functools
+import http.server
 import json
-import pickle
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
+import fsspec
 import pytest
+from PIL import Image
 
 from data_pipelines import sources
-from data_pipelines.records import BadRecord
-from data_pipelines.sources import line_offsets, open_source
+from data_pipelines.folders import ImageFolder
+from data_pipelines.lists import JsonLines, JsonList
+from data_pipelines.mixture import Mixture
+from data_pipelines.sources import open_source
 
-PLAIN = {"path": "pictures/a.jpg", "prompt": "a cat — eine Katze"}
-DETAILED = {"image_path": "/data/b.jpg", "super_high_quality_caption": "a dog"}
-
-
-@pytest.fixture(params=["jsonl", "json"])
-def both_forms(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    path = tmp_path / f"list.{request.param}"
-    records = [PLAIN, DETAILED]
-    lines = "\n".join(json.dumps(record, ensure_ascii=False) for record in records)
-    path.write_text(lines if request.param == "jsonl" else json.dumps(records), encoding="utf-8")
-    return path
+LINE = json.dumps({"path": "pictures/a.jpg", "prompt": "a cat"}) + "\n"
 
 
-def test_both_forms_of_record_are_read(both_forms: Path) -> None:
-    source = open_source(both_forms)
-    assert len(source) == 2
-    first, second = source[0], source[1]
-    assert (first.index, first.caption, first.system_prompt) == (0, PLAIN["prompt"], "base")
-    assert first.path == str(both_forms.parent / "pictures/a.jpg")
-    assert (second.index, second.caption, second.system_prompt) == (1, "a dog", "align")
-    assert second.path == "/data/b.jpg"
-    assert str(both_forms) in second.where
-    assert second.where.endswith("2")
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("SVG_CACHE", str(folder))
+    return folder
 
 
-def test_relative_paths_start_at_the_root(both_forms: Path) -> None:
-    assert open_source(both_forms, root="/elsewhere")[0].path == "/elsewhere/pictures/a.jpg"
+class Shards(list[str]):
+    """Stands for a source of shards: which files it was given."""
+
+    def __init__(self, kind: str, name: str, shards: list[str]) -> None:
+        super().__init__(shards)
+        self.kind, self.name = kind, name
 
 
-def test_a_source_can_be_sent_to_another_process(both_forms: Path) -> None:
-    copy = pickle.loads(pickle.dumps(open_source(both_forms)))
-    assert copy[1].caption == "a dog"
+@pytest.fixture
+def shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in sources.SHARDS:
+        monkeypatch.setitem(sources.SHARDS, kind, functools.partial(Shards, kind))
 
 
-def test_reading_past_the_end_is_an_index_error(both_forms: Path) -> None:
-    with pytest.raises(IndexError):
-        open_source(both_forms)[2]
+def test_lists_mixtures_and_folders(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(LINE)
+    (tmp_path / "a.json").write_text(f"[{LINE}]")
+    (tmp_path / "a.yaml").write_text("META: [{path: a.jsonl}]")
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    for name, kind in (("a.jsonl", JsonLines), ("a.json", JsonList), ("a.yaml", Mixture), (".", ImageFolder)):
+        source = open_source(tmp_path / name)
+        assert type(source) is kind
+        assert len(source) == 1
 
 
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        ("", "is an empty line"),
-        ("   ", "is an empty line"),
-        ('{"path": "a.jpg", "prom', "is not JSON"),
-        ("a.jpg\ta cat", "is not JSON .*found 'a.jpg"),
-        ("[" * 100_000, "is not JSON"),
-        ("[1, 2]", "is a list; expected an object"),
-        ('{"path": "a.jpg"}', r"lacks \['prompt'\]; found the keys \['path'\]"),
-        ('{"prompt": "a cat"}', r"lacks \['path'\]"),
-        ('{"image_path": "a.jpg", "prompt": "a cat"}', r"lacks \['super_high_quality_caption'\]"),
-        ('{"file": "a.jpg", "text": "a cat"}', r"lacks \['path', 'prompt'\]; found the keys \['file', 'text'\]"),
-        ('{"path": 3, "prompt": "a cat"}', "has a int under 'path'; expected a string"),
-        ('{"path": "a.jpg", "prompt": ["a cat"]}', "has a list under 'prompt'; expected a string"),
-        ('{"path": "a.jpg", "prompt": null}', "has a NoneType under 'prompt'"),
-        ('{"path": "", "prompt": "a cat"}', "has an empty string under 'path'"),
-    ],
-)
-def test_a_bad_line_is_one_bad_record_with_its_number(tmp_path: Path, line: str, reason: str) -> None:
-    path = tmp_path / "list.jsonl"
-    good = json.dumps(PLAIN)
-    path.write_text(f"{good}\n{line}\n{good}\n")
-    source = open_source(path)
-    assert len(source) == 3
-    assert source[2].caption == PLAIN["prompt"]
-    with pytest.raises(BadRecord, match=f"{path}:2 {reason}"):
-        source[1]
+@pytest.mark.parametrize("kind", list(sources.SHARDS))
+@pytest.mark.usefixtures("shards")
+def test_shards_of_a_file_a_folder_or_a_pattern(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "shards [1]"
+    folder.mkdir()
+    for name in (f"b{kind}", f"a{kind}", f"c2{kind}", "report.json"):
+        (folder / name).touch()
+    a, b, c = (str(folder / f"{name}{kind}") for name in ("a", "b", "c2"))
+    opened = open_source(a)
+    assert isinstance(opened, Shards)
+    assert (opened, opened.kind, opened.name) == ([a], kind, a)
+    opened = open_source(folder)
+    assert (opened, opened.kind, opened.name) == ([a, b, c], kind, str(folder))
+    assert open_source(tmp_path / "*" / f"?{kind}") == [a, b]
+    (folder / "x.tar").touch()
+    (folder / "x.parquet").touch()
+    with pytest.raises(ValueError, match=r"shards \[1\] has files that end in .* and .*; expected one kind"):
+        open_source(folder)
 
 
-def test_bytes_that_are_not_utf8_are_a_bad_record(tmp_path: Path) -> None:
-    path = tmp_path / "list.jsonl"
-    path.write_bytes(b'{"path": "a.jpg", "prompt": "caf\xe9"}\n')
-    with pytest.raises(BadRecord, match=f"{path}:1 is not JSON"):
-        open_source(path)[0]
+@pytest.mark.parametrize("kind", list(sources.SHARDS))
+@pytest.mark.usefixtures("shards")
+def test_shards_at_an_address(kind: str) -> None:
+    bucket = fsspec.filesystem("memory")
+    a, b = (f"memory://shards{kind[1:]}/{name}{kind}" for name in ("a", "b"))
+    for name in (a, b):
+        bucket.pipe(name, b"")
+    assert open_source(a) == [a]
+    for name in (f"memory://shards{kind[1:]}/*{kind}", f"memory://shards{kind[1:]}", f"memory://shards{kind[1:]}/"):
+        assert open_source(name) == [a, b]
 
 
-def test_a_bad_record_of_a_json_list_names_its_number(tmp_path: Path) -> None:
-    path = tmp_path / "list.json"
-    path.write_text(json.dumps([PLAIN, {"path": "a.jpg"}]))
-    with pytest.raises(BadRecord, match=rf"{path} record 2 lacks \['prompt'\]"):
-        open_source(path)[1]
+def test_a_list_in_a_bucket_is_copied_once_for_each_version_of_it(cache: Path) -> None:
+    bucket = fsspec.filesystem("memory")
+    bucket.pipe("memory://lists/a.jsonl", LINE.encode())
+    bucket.pipe("memory://lists/mix.yaml", b"META: [{path: a.jsonl}, {path: a.jsonl, root: /data}]")
+    source = open_source("memory://lists/a.jsonl")
+    assert source[0].path == "memory://lists/pictures/a.jpg"
+    assert source[0].where == "memory://lists/a.jsonl:1"
+    assert source.beside("sizes.npz").parent == cache
+    copies = sorted(cache.glob("*a.jsonl"))
+    assert [copy.read_text() for copy in copies] == [LINE]
+    mixture = open_source("memory://lists/mix.yaml")
+    assert [mixture[i].path for i in range(2)] == ["memory://lists/pictures/a.jpg", "/data/pictures/a.jpg"]
+    assert sorted(cache.glob("*a.jsonl")) == copies
+    bucket.pipe("memory://lists/a.jsonl", LINE.encode() * 2)
+    assert len(open_source("memory://lists/a.jsonl")) == 2
+    with pytest.raises(FileNotFoundError, match=r"memory://lists/none\.jsonl"):
+        open_source("memory://lists/none.jsonl")
 
 
-def test_a_missing_list_is_fatal(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none\.jsonl does not exist"):
-        open_source(tmp_path / "none.jsonl")
+@pytest.fixture
+def address(tmp_path: Path) -> Iterator[str]:
+    """Where a web server on this machine gives out the test's folder."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    handler.log_message = lambda *args: None  # type: ignore[attr-defined]
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "reason"),
-    [
-        ("a.jsonl", "", "is empty"),
-        ("a.json", "[]", "holds an empty list"),
-        ("a.json", '{"path": "a.jpg", "prompt": "a cat"}', "holds a dict; expected a list"),
-        ("a.json", '{"path": "a.jpg"}\n{"path": "b.jpg"}', r"is not JSON .*line 2.*must end in \.jsonl"),
-        ("a.csv", "a.jpg,a cat", r"ends in '\.csv'; expected \.jsonl"),
-    ],
-)
-def test_a_list_that_is_no_list_is_fatal(tmp_path: Path, name: str, content: str, reason: str) -> None:
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=f"{name} {reason}"):
+def test_a_list_on_the_web(tmp_path: Path, address: str) -> None:
+    (tmp_path / "a.jsonl").write_text(LINE)
+    source = open_source(f"{address}/a.jsonl")
+    assert source[0].path == f"{address}/pictures/a.jpg"
+    assert open_source(f"{address}/a.jsonl", root="/data")[0].path == "/data/pictures/a.jpg"
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):
+        open_source(f"{address}/none.jsonl")
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "none", "none.tar", "none/*.tar"])
+def test_what_does_not_exist_is_fatal(tmp_path: Path, name: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"data .*none.* does not exist.*; expected a list \(\.jsonl"):
         open_source(tmp_path / name)
 
 
-@pytest.mark.parametrize("scan_bytes", [1, 3, 1 << 20])
-@pytest.mark.parametrize("content", [b"", b"\n", b"one", b"one\n", b"one\ntwo", b"\n\nthree\r\nfour\n\n"])
-def test_offsets_split_a_file_into_its_lines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, scan_bytes: int
-) -> None:
-    monkeypatch.setattr(sources, "_SCAN_BYTES", scan_bytes)
-    path = tmp_path / "list"
-    path.write_bytes(content)
-    offsets = line_offsets(path)
-    assert offsets.dtype == np.int64
-    lines = [content[start:end] for start, end in itertools.pairwise(offsets)]
-    assert lines == content.splitlines(keepends=True)
+def test_a_file_of_another_kind_is_fatal(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a.jpg,a cat")
+    with pytest.raises(ValueError, match=r"a\.csv ends in '\.csv'; expected a list \(\.jsonl"):
+        open_source(tmp_path / "a.csv")
+
+
+def test_a_folder_named_like_a_list_is_no_list(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").mkdir()
+    with pytest.raises(ValueError, match="holds no images"):
+        open_source(tmp_path / "a.jsonl")

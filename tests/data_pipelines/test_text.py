@@ -45,9 +45,9 @@ def test_system_prompts_are_the_releases() -> None:
 )
 def test_the_key_of_a_record_decides_its_system_prompt(tmp_path: Path, record: dict[str, str], fact: str) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps(record))
-    read = open_source(tmp_path / "a.jsonl")[0]
+    (caption,) = open_source(tmp_path / "a.jsonl")[0].captions
     expected = facts()["facts"]["training_system_prompt"][fact] + "a cat"
-    assert text.full_prompt(read.caption, read.system_prompt) == expected
+    assert text.full_prompt(caption.text, caption.system_prompt) == expected
 
 
 @pytest.mark.golden

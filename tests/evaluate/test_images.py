@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipelines.records import BadRecord, Record
+from data_pipelines.records import BadRecord, Cause, Record
 from svg_jax.evaluate.images import centre_square, read, read_ahead
 
 
 def record(path: Path | str, image: bytes | None = None) -> Record:
-    return Record(0, str(path), None, "base", str(path), image=image)
+    return Record(0, str(path), str(path), image=image)
 
 
 def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
@@ -56,7 +56,7 @@ def test_unreadable_images(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"\x89PNG")
     with pytest.raises(BadRecord, match=r"image .*a\.png cannot be read \(UnidentifiedImageError"):
         read(record(tmp_path / "a.png"), 16)
-    with pytest.raises(BadRecord, match=r"image .*b\.png does not exist"):
+    with pytest.raises(BadRecord, match=r"b\.png does not exist"):
         read(record(tmp_path / "b.png"), 16)
 
 
@@ -66,7 +66,7 @@ def test_groups_are_read_in_order_and_no_more_than_one_ahead() -> None:
     def load(index: int) -> int:
         begun.append(index)
         if index == 2:
-            raise BadRecord("two")
+            raise BadRecord(Cause.DAMAGED, "two")
         return 10 * index
 
     groups = read_ahead(load, [[0, 1], [2], [], [3, 4], [5]], num_threads=2)

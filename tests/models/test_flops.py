@@ -64,6 +64,25 @@ def test_next_dit_is_what_xla_counts() -> None:
     assert 1.0 <= found / (BATCH * flops.next_dit(DIT, IMAGE_TOKENS, TEXT_TOKENS)) < 1.03
 
 
+def test_a_sequence_of_several_images_is_what_xla_counts() -> None:
+    network = Network(lambda rngs: NextDiT(DIT, rngs=rngs))
+    image, time, _, grid, _ = dit_inputs()
+    text, segments = struct(1, 2 * TEXT_TOKENS, DIT.text_dim), struct(1, 2 * TEXT_TOKENS, dtype=jnp.int32)
+
+    def run(params: Any, image: Any, time: Any, text: Any, grid: Any, segments: Any) -> Any:
+        return network(params)(image, time, text, grid=grid, text_segments=segments)
+
+    found = counted(run, network.shapes, image, time, text, grid, segments)
+    assert 1.0 <= found / flops.next_dit(DIT, IMAGE_TOKENS, 2 * TEXT_TOKENS, BATCH) < 1.03
+
+
+def test_the_packed_stage_does_more_images_for_the_same_operations() -> None:
+    sizes = NextDiTConfig(), AutoencoderConfig.svg_p(), Gemma2Config()
+    alone, packed = flops.text_to_image_step(*sizes, 256, 512), flops.text_to_image_step(*sizes, 256, 768, 4)
+    assert 1.7 < 4 * alone / packed < 1.8
+    assert flops.text_to_image_step(*sizes, 256, 512, 1) == alone
+
+
 def test_a_backward_pass_is_two_forward_passes() -> None:
     """But for the embeddings, whose inputs nobody differentiates by: the count is a little below three in all."""
     network = Network(lambda rngs: NextDiT(DIT, rngs=rngs))

@@ -83,6 +83,20 @@ def test_what_padding_holds_changes_nothing(name: str) -> None:
 @pytest.mark.golden
 @pytest.mark.parametrize("prefix", SETTINGS)
 @pytest.mark.parametrize("name", CASES)
+def test_texts_of_one_row_equal_transformers(name: str, prefix: str) -> None:
+    """All texts of the case one after the other, with what none of them sees at the end."""
+    case, network, params = load(name, SETTINGS[prefix])
+    tokens, mask = inputs_of(case)
+    lengths = mask.sum(1)
+    row = np.concatenate([tokens[mask], [7, 7, 7]])[None]
+    segments = np.concatenate([np.repeat(np.arange(1, len(tokens) + 1), lengths), [0, 0, 0]])[None]
+    packed = jax.jit(lambda params, *args: network(params).packed_features(*args))(params, row, segments)
+    assert_close(packed[0, :-3], case.outputs[f"{prefix}hidden_states_minus2"][mask], 1e-4)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("prefix", SETTINGS)
+@pytest.mark.parametrize("name", CASES)
 def test_every_greedy_step_equals_transformers(name: str, prefix: str) -> None:
     """The expected tokens, one after the other through the cache: the logits of every step."""
     case, network, params = load(name, SETTINGS[prefix])

@@ -17,6 +17,7 @@ from tests.vectors import assert_close
 
 BATCH, QUERIES, HEADS, DIM = 2, 6, 4, 8
 VALID = np.array([[True, True, False, True, True, False], [True] * 6])
+SEGMENTS = np.array([[1, 1, 2, 3, 3, 3], [2, 1, 2, 1, 1, 2]], np.int32)  # apart, as text and image are, too
 
 
 def arrays(kv_heads: int = 2) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -50,6 +51,7 @@ def plain(
     v: np.ndarray,
     *,
     valid: np.ndarray | None = None,
+    segments: np.ndarray | None = None,
     causal: bool = False,
     window: int | None = None,
     scale: float | None = None,
@@ -61,7 +63,10 @@ def plain(
         keys = [
             j
             for j in range(k.shape[1])
-            if (valid is None or valid[b, j]) and (not causal or j <= i) and (window is None or j > i - window)
+            if (valid is None or valid[b, j])
+            and (segments is None or segments[b, j] == segments[b, i])
+            and (not causal or j <= i)
+            and (window is None or j > i - window)
         ]
         logits = k[b, keys, h // group].astype(np.float64) @ q[b, i, h] * (scale or DIM**-0.5)
         if logit_softcap:
@@ -87,6 +92,8 @@ def test_query_heads_share_key_heads(attend: Callable[..., jax.Array], kv_heads:
         {"scale": 1.7},
         {"logit_softcap": 0.5},
         {"valid": VALID, "causal": True, "window": 4, "scale": 3.0, "logit_softcap": 2.0},
+        {"segments": SEGMENTS},
+        {"segments": SEGMENTS, "causal": True, "window": 3, "logit_softcap": 2.0},
     ],
     ids=lambda settings: "+".join(settings),
 )
@@ -143,6 +150,32 @@ def test_what_stands_in_masked_keys_changes_nothing(attend: Callable[..., jax.Ar
     for gradient in jax.grad(lambda k, v: jnp.sum(run(k, v) ** 2), argnums=(0, 1))(k, v):
         assert np.asarray(gradient)[VALID].any()
         assert not np.asarray(gradient)[~VALID].any()
+
+
+def test_what_other_segments_and_padding_hold_changes_nothing(attend: Callable[..., jax.Array]) -> None:
+    """Bit for bit, and no gradient goes there: whatever is filled up inside a backend joins the padding."""
+    q, k, v = arrays()
+    segments = np.where(VALID, SEGMENTS, 0)
+    own = segments == 1
+    own[1] = False
+    other = tuple(np.where(own[..., None, None], x, 50.0).astype(np.float32) for x in (q, k, v))
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attend(q, k, v, segments=segments)[own]
+
+    np.testing.assert_array_equal(run(q, k, v), run(*map(jnp.asarray, other)))
+    assert bool(jnp.isfinite(attend(*other, segments=segments)).all())
+    for gradient in jax.grad(lambda *x: jnp.sum(run(*x) ** 2), argnums=(0, 1, 2))(q, k, v):
+        assert np.asarray(gradient)[own].any()
+        assert not np.asarray(gradient)[~own].any()
+
+
+def test_segments_go_without_valid() -> None:
+    q, k, v = arrays()
+    with pytest.raises(ValueError, match="padding is segment 0"):
+        attention(q, k, v, segments=SEGMENTS, valid=VALID)
+    with pytest.raises(ValueError, match="as many queries as keys"):
+        attention(q[:, :2], k, v, segments=SEGMENTS)
 
 
 def test_no_mask_where_everything_is_visible() -> None:

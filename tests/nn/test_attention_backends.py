@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from svg_jax.nn.attention import attention, choose, chunked, cudnn
-from svg_jax.nn.attention.masks import Mask
+from svg_jax.nn.attention.masks import Mask, Segments
 from svg_jax.parallel import AXES
 from tests.vectors import assert_close
 
@@ -20,6 +20,7 @@ OTHERS = ["chunked", "tpu_splash"]  # what runs on a CPU beside the plain one
 SAMPLES, TOKENS, HEADS, KV_HEADS, DIM = 2, 150, 24, 8, 96  # heads of the 2.6B model
 VALID = np.ones((SAMPLES, TOKENS), bool)
 VALID[0, 20:40] = VALID[0, -30:] = VALID[1, 3:10] = False  # text is padded, then the image
+SEGMENTS = np.where(VALID, 1 + np.arange(TOKENS) // 7 % 3, 0).astype(np.int32)
 
 
 @functools.cache
@@ -53,14 +54,15 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("backend", OTHERS)
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"valid": VALID}, {"causal": True, "window": 40, "logit_softcap": 2.0, "scale": 0.2}],
+    [{}, {"valid": VALID}, {"segments": SEGMENTS}, {"causal": True, "window": 40, "logit_softcap": 2.0, "scale": 0.2}],
     ids=lambda settings: "+".join(settings) or "plain",
 )
 def test_results_and_gradients_equal_the_plain_ones(backend: str, settings: dict[str, Any]) -> None:
     expected = forward_and_backward("xla", *arrays(), **settings)
     found = forward_and_backward(backend, *arrays(), **settings)
+    there = VALID if "segments" in settings else np.ones_like(VALID)  # what padding sees among itself is not told
     for name, a, b in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
-        assert_close(a, b, 1e-5, name)
+        assert_close(np.asarray(a)[there], np.asarray(b)[there], 1e-5, name)
 
 
 @pytest.mark.parametrize("backend", ["xla", *OTHERS])
@@ -89,6 +91,16 @@ def test_a_mesh_changes_nothing(backend: str, sizes: dict[str, int]) -> None:
         found = forward_and_backward(backend, *arrays(), valid=VALID)
     for name, a, b in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
         assert_close(a, b, 1e-5, name)
+
+
+@pytest.mark.parametrize("backend", ["xla", *OTHERS])
+def test_a_mesh_keeps_segments_apart(backend: str) -> None:
+    """Also where the queries are split and the keys are not."""
+    expected = forward_and_backward("xla", *arrays(), segments=SEGMENTS)
+    with jax.set_mesh(mesh(data=2, context=2, tensor=2)):
+        found = forward_and_backward(backend, *arrays(), segments=SEGMENTS)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
+        assert_close(np.asarray(a)[VALID], np.asarray(b)[VALID], 1e-5, name)
 
 
 def test_on_a_mesh_each_device_has_its_part_only() -> None:
@@ -124,6 +136,8 @@ def shapes(tokens: int, dtype: str = "bfloat16", dim: int = DIM, batch: int = 1)
         ("gpu", shapes(4608, "float32"), Mask(VALID), "chunked"),
         ("gpu", shapes(4608, dim=512), Mask(), "chunked"),
         ("gpu", shapes(256), Mask(VALID, causal=True), "xla"),
+        ("gpu", shapes(1536), Mask(segments=Segments(SEGMENTS, SEGMENTS)), "xla"),
+        ("tpu", shapes(1536), Mask(segments=Segments(SEGMENTS, SEGMENTS)), "tpu_splash"),
         ("cpu", shapes(1280, "float32"), Mask(VALID), "chunked"),
         ("cpu", shapes(64, "float32"), Mask(VALID), "xla"),
     ],
@@ -152,6 +166,7 @@ def test_what_a_backend_cannot_do_is_refused(backend: str, settings: dict[str, A
         (shapes(64, "float32"), Mask(), None, "it computes in bfloat16 or float16, not in float32"),
         (shapes(64, dim=100), Mask(), None, "a multiple of 8 and at most 128 channels, these have 100"),
         (shapes(64), Mask(causal=True), None, "it takes no mask but `valid`"),
+        (shapes(64), Mask(segments=Segments(SEGMENTS, SEGMENTS)), None, "it takes no `segments`"),
         (shapes(64), Mask(), 50.0, "it has no soft cap"),
     ],
 )

@@ -16,6 +16,7 @@ from svg_jax.convert.tables import NEXT_DIT
 from svg_jax.models.next_dit import NextDiT
 from svg_jax.nn.attention import BACKENDS, chunked
 from svg_jax.nn.functional import Network
+from svg_jax.nn.segments import segments_of
 from tests.models.test_next_dit import CASES, image, load, pad_batch
 from tests.vectors import assert_close
 
@@ -50,6 +51,31 @@ def test_velocities_of_mixed_aspect_ratios(name: str, backend: str) -> None:
     y = run(params)
     for i in range(count):
         assert_close(image(y[i], tuple(grid[i]), patch), case.outputs[f"list.y{i}"], 1e-4, f"image {i}")
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize("name", CASES)
+def test_velocities_of_images_in_one_sequence(name: str, backend: str) -> None:
+    """All images of the case and their captions in one row: what each gives alone.
+
+    An image that is not there, with a caption of one token, stands before them.
+    """
+    case, config, _, params = load(name)
+    patch, count = config.patch_size, len(case.config["list"]["sizes"])
+    images = [case.inputs[f"list.x{i}"] for i in range(count)]
+    x, grid = pad_batch([images[0], *images], patch, max(x[0].size for x in images) // patch**2 + 3, fill=9.0)
+    grid[0] = 0
+    t = np.concatenate([[0.3], case.inputs["list.t"]]).astype(np.float32)
+    text, mask = case.inputs["list.cap_feats"], case.inputs["list.cap_mask"].astype(bool)
+    row = np.concatenate([text[0, :1], text[mask], np.full((2, text.shape[2]), 9.0, np.float32)])[None]
+    segments = segments_of(jnp.concatenate([jnp.ones(1, int), mask.sum(1)])[None], row.shape[1])
+    run = jax.jit(lambda params: network(name, backend)(params)(x, t, row, grid=grid, text_segments=segments))
+    y = run(params)
+    assert bool(jnp.isfinite(y).all())
+    for i in range(count):
+        found = image(y[i + 1], tuple(grid[i + 1]), patch)
+        assert_close(found, case.outputs[f"list.y{i}"], 1e-4, f"image {i}")
 
 
 @pytest.mark.golden

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from svg_jax.nn.attention import chunked, cudnn, splash, xla
-from svg_jax.nn.attention.masks import MASKED, RESULT, Mask, attention_mask
+from svg_jax.nn.attention.masks import MASKED, RESULT, Mask, Segments, attention_mask
 from svg_jax.parallel import BATCH
 
 __all__ = ["BACKENDS", "MASKED", "RESULT", "attention", "attention_mask", "choose"]
@@ -30,6 +30,7 @@ def attention(
     v: Float[Array, "batch keys kv_heads dim"],
     *,
     valid: Bool[Array, "batch keys"] | None = None,
+    segments: Int[Array, "batch keys"] | None = None,
     positions: Int[Array, "batch queries"] | None = None,
     causal: bool = False,
     window: int | Int[Array, ""] | None = None,
@@ -50,6 +51,8 @@ def attention(
         k: Keys.
         v: Values.
         valid: Keys that exist; the others are never attended to.
+        segments: Of as many queries as keys, each sees those of its own segment only; 0 is padding, whose results
+            mean nothing. In the place of `valid`.
         positions: Place i of each query among the keys: 0, 1, .. by default.
         causal: Query i sees keys j <= i.
         window: Query i sees keys j > i - window only.
@@ -64,18 +67,23 @@ def attention(
         raise ValueError(f"{q.shape[2]} query heads cannot share {k.shape[2]} key heads evenly")
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"unknown attention backend '{backend}': choose auto, {', '.join(BACKENDS)}")
+    if segments is not None and (valid is not None or q.shape[1] != k.shape[1]):
+        raise ValueError("segments are of as many queries as keys, and go without `valid`: padding is segment 0")
     fixed = window if isinstance(window, int) else None
     by_place = causal or window is not None
     arrays = {
         "valid": valid,
         "positions": positions if by_place else None,
         "window": window if fixed is None else None,
+        "of_queries": segments,
+        "of_keys": segments,
     }
     settings = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "logit_softcap": logit_softcap}
     platform = current_platform()
 
     def run(q: Array, k: Array, v: Array, arrays: dict[str, Array]) -> Array:
-        mask = Mask(arrays.get("valid"), arrays.get("positions"), causal, arrays.get("window", fixed))
+        parts = Segments(arrays["of_queries"], arrays["of_keys"]) if "of_keys" in arrays else None
+        mask = Mask(arrays.get("valid"), arrays.get("positions"), causal, arrays.get("window", fixed), parts)
         name = choose(platform, q, k, mask, logit_softcap) if backend == "auto" else backend
         if reason := BACKENDS[name].refusal(platform, q, k, mask, logit_softcap):
             raise ValueError(f"attention backend '{name}' cannot do this: {reason}; choose another, or 'auto'")
@@ -119,7 +127,8 @@ def over_mesh(run: Callable[..., Array], *, split_queries: bool) -> Callable[...
 
         batch, heads = axis(BATCH[0], q.shape[0]), axis("tensor", q.shape[2], k.shape[2])
         queries = axis("context", q.shape[1]) if split_queries else None
-        specs = {"valid": PartitionSpec(batch), "positions": PartitionSpec(batch), "window": PartitionSpec()}
+        specs = {"window": PartitionSpec(), "of_queries": PartitionSpec(batch, queries)}
+        specs |= dict.fromkeys(("valid", "positions", "of_keys"), PartitionSpec(batch))
         out, keys = PartitionSpec(batch, queries, heads), PartitionSpec(batch, None, heads)
         inputs = out, keys, keys, {name: specs[name] for name in arrays}
         return jax.shard_map(run, in_specs=inputs, out_specs=out, check_vma=False)(q, k, v, arrays)

@@ -43,13 +43,15 @@ class Keys(NamedTuple):
     v: Float[Array, "chunks chunk dim"]
     places: Int[Array, "chunks chunk"] | None
     valid: Bool[Array, "chunks chunk"] | None
+    segments: Int[Array, "chunks chunk"] | None
 
 
 class Queries(NamedTuple):
-    """The queries of one head of keys in chunks; where they stand, if it matters."""
+    """The queries of one head of keys in chunks; where they stand and in which segment, if it matters."""
 
     q: Float[Array, "chunks group chunk dim"]
     places: Int[Array, "chunks chunk"] | None
+    segments: Int[Array, "chunks chunk"] | None
 
 
 def refusal(*_: Any) -> None:
@@ -75,8 +77,8 @@ def attend(
     most_queries, most_keys = CPU_BLOCK if platform == "cpu" else BLOCK
     rows, cols = chunk(queries, most_queries), chunk(keys, most_keys)
 
-    valid, positions = mask.valid, mask.positions
-    if valid is None and keys % cols:
+    valid, positions, segments = mask.valid, mask.positions, mask.segments
+    if valid is None and segments is None and keys % cols:  # segments tell what is filled up: it joins the padding
         valid = jnp.ones((batch, keys), bool)
     if mask.by_place and positions is None:
         positions = jnp.broadcast_to(jnp.arange(queries)[None], (batch, queries))
@@ -93,12 +95,13 @@ def attend(
     settings = Settings(scale, logit_softcap, mask.causal)
 
     def head(x: tuple[Array, ...]) -> Array:
-        q, k, v, valid, positions = x
-        return _head(settings, Queries(q, positions), Keys(k, v, places, valid), window)
+        q, k, v, valid, positions, of_queries, of_keys = x
+        return _head(settings, Queries(q, positions, of_queries), Keys(k, v, places, valid, of_keys), window)
 
     heads_at_once = 1 if platform == "cpu" else batch * kv_heads
-    each = q, k, v, per_head(valid, cols), per_head(positions, rows)
-    out = jax.lax.map(head, each, batch_size=heads_at_once)
+    of_queries, of_keys = (None, None) if segments is None else segments
+    masks = per_head(valid, cols), per_head(positions, rows), per_head(of_queries, rows), per_head(of_keys, cols)
+    out = jax.lax.map(head, (q, k, v, *masks), batch_size=heads_at_once)
     out = out.reshape(batch, kv_heads, -1, heads // kv_heads, rows, dim).transpose(0, 2, 4, 1, 3, 5)
     return out.reshape(batch, -1, heads, dim)[:, :queries]
 
@@ -127,6 +130,9 @@ def _block(settings: Settings, rows: Queries, cols: Keys, window: Array | None) 
         if window is not None:
             near &= distance < window
         seen = near if seen is None else near & seen
+    if rows.segments is not None and cols.segments is not None:
+        same = rows.segments[:, None] == cols.segments[None]
+        seen = same if seen is None else same & seen
     return logits, None if seen is None else seen[None]
 
 
@@ -192,7 +198,8 @@ def _head_backward(settings: Settings, kept: Kept, dout: Array) -> tuple[Queries
 
     zeros = jnp.zeros(keys.k.shape, jnp.float32)
     (dk, dv), dq = jax.lax.scan(row, (zeros, zeros), (queries, dout, top, total, inner))
-    return Queries(dq, None), Keys(dk.astype(keys.k.dtype), dv.astype(keys.v.dtype), None, None), None
+    dkeys = Keys(dk.astype(keys.k.dtype), dv.astype(keys.v.dtype), None, None, None)
+    return Queries(dq, None, None), dkeys, None
 
 
 _head.defvjp(_head_forward, _head_backward)

@@ -21,6 +21,8 @@ def refusal(platform: str, q: Array, k: Array, mask: Mask, logit_softcap: float 
         return f"it computes in bfloat16 or float16, not in {q.dtype}"
     if q.shape[-1] > LARGEST_HEAD or q.shape[-1] % 8:
         return f"heads must have a multiple of 8 and at most {LARGEST_HEAD} channels, these have {q.shape[-1]}"
+    if mask.segments is not None:
+        return "it takes no `segments`, as several images in one sequence have"
     if mask.by_place:
         return "it takes no mask but `valid`"
     if logit_softcap is not None:

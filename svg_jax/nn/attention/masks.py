@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 MASKED = -1e30  # of a logit; finite, so that a row with no valid key stays free of NaN
 RESULT = "attention"  # the name under which a rematerialisation policy may keep what the backward pass needs
+
+
+class Segments(NamedTuple):
+    """Which sample each token is of, where several share a sequence; see `svg_jax.nn.segments`."""
+
+    queries: Int[Array, "batch queries"]
+    keys: Int[Array, "batch keys"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +27,7 @@ class Mask:
     positions: Int[Array, "batch queries"] | None = None
     causal: bool = False  # place >= j
     window: int | Int[Array, ""] | None = None  # place - j < window
+    segments: Segments | None = None  # equal for i and j
 
     @property
     def by_place(self) -> bool:
@@ -34,6 +43,7 @@ def attention_mask(
     positions: Int[Array, "batch queries"] | None = None,
     causal: bool = False,
     window: int | Int[Array, ""] | None = None,
+    segments: Segments | None = None,
 ) -> Bool[Array, "#batch #queries keys"] | None:
     """What a query may look at, as one boolean array, or None where it may look at everything."""
     mask = None if valid is None else valid[:, None, :]
@@ -44,4 +54,7 @@ def attention_mask(
         if window is not None:
             near &= distance < window
         mask = near if mask is None else mask & near
+    if segments is not None:
+        same = segments.queries[:, :, None] == segments.keys[:, None, :]
+        mask = same if mask is None else mask & same
     return mask

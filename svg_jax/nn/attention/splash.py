@@ -55,7 +55,9 @@ def attend(
         interpret=platform != "tpu",
     )
     segments = None
-    if mask.valid is not None or keys % cols:
+    if mask.segments is not None:  # what is filled up joins the padding, and every token sees itself
+        segments = splash_attention.SegmentIds(pad(mask.segments.queries, rows), pad(mask.segments.keys, cols))
+    elif mask.valid is not None or keys % cols:
         valid = jnp.ones((batch, keys), bool) if mask.valid is None else mask.valid
         ids = (pad(x.astype(jnp.int32), size) for x, size in ((sees_any(valid, queries, mask), rows), (valid, cols)))
         segments = splash_attention.SegmentIds(*ids)

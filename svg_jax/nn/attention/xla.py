@@ -36,7 +36,13 @@ def attend(
     if logit_softcap is not None:
         logits = logit_softcap * jnp.tanh(logits / logit_softcap)
     visible = attention_mask(
-        queries, keys, valid=mask.valid, positions=mask.positions, causal=mask.causal, window=mask.window
+        queries,
+        keys,
+        valid=mask.valid,
+        positions=mask.positions,
+        causal=mask.causal,
+        window=mask.window,
+        segments=mask.segments,
     )
     if visible is not None:
         logits = jnp.where(visible[:, None, None], logits, MASKED)

@@ -1,0 +1,41 @@
+"""What the commands of this package share on their outside."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+
+from absl import logging
+
+
+@contextlib.contextmanager
+def one_sentence() -> Iterator[None]:
+    """Ends the program with the message alone where what the user gave is wrong; other errors keep their traceback."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, MemoryError) as error:
+        logging.debug("what led to the error below", exc_info=True)
+        raise SystemExit(f"error: {error}") from error
+
+
+def add_source_flags(flags: argparse.ArgumentParser) -> None:
+    """SOURCE and --root."""
+    flags.add_argument(
+        "source", metavar="SOURCE", help="whatever config.data.path may name: a list, a folder, shards, …"
+    )
+    flags.add_argument("--root", help="folder that relative image paths of a list start from (default: the list's own)")
+
+
+def add_crop_flags(flags: argparse.ArgumentParser) -> None:
+    """--patch-size and --max-ratio, as in the configs."""
+    flags.add_argument("--patch-size", type=int, default=16, help="side of a patch in pixels (default: %(default)s)")
+    flags.add_argument("--max-ratio", type=float, default=4.0, help="longest crop (default: %(default)g)")
+
+
+def positive(text: str) -> int:
+    """A flag's whole number above zero."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not above zero")
+    return number
