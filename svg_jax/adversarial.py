@@ -61,6 +61,9 @@ class LossConfig:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"unknown loss.{name} '{getattr(self, name)}': choose one of {', '.join(choices)}")
+        for name in ("disc_channels", "disc_num_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"loss.{name} is {getattr(self, name)}: it must be 1 or more")
 
     @property
     def discriminator(self) -> DiscriminatorConfig | None:

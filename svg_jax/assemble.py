@@ -228,7 +228,7 @@ def check_positions(config: ConfigDict, side: int) -> None:
         )
 
 
-# What the order of the data and the randomness of a step depend on.
+# What the order of the data, the randomness of a step and the meaning of a latent depend on.
 FIXED = (
     "seed",
     "batch_size",
@@ -238,6 +238,7 @@ FIXED = (
     "data.random_crop",
     "data.caption_dropout",
     "text.max_tokens",
+    "autoencoder.residual.match",
 )
 
 

@@ -6,6 +6,7 @@ after every block of the lowest level, in the released "woattn" configs too.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import itertools
 import math
@@ -161,13 +162,13 @@ class PixelDecoder(nnx.Module):
         """Pixels of what `coarse` gave."""
         return self.conv_out(self.upper(x)).astype(jnp.float32)
 
+    @abc.abstractmethod
     def coarse(self, z: Float[Array, "batch h w z_channels"]) -> Float[Array, "batch h2 w2 c"]:
         """Up to the end of the lowest level: all of the attention, and little of the memory."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def upper(self, x: Float[Array, "batch h2 w2 c"]) -> Float[Array, "batch height width c"]:
         """The other levels, up to the last convolution."""
-        raise NotImplementedError
 
 
 class Decoder(PixelDecoder):
