@@ -43,6 +43,7 @@ format: $(VENV)/installed
 
 bench: $(VENV)/installed-bench
 	@$(BIN)/python -m benchmarks.train_step
+	@$(BIN)/python -m benchmarks.autoencoder
 	@$(BIN)/python -m benchmarks.attention
 	@$(BIN)/python -m benchmarks.sampling
 

@@ -4,6 +4,7 @@ from setuptools import find_packages, setup
 
 DEPENDENCIES = [
     "absl-py>=2.5.1",  # command-line flags and logging of the doors
+    "array_record>=0.8.3",  # shards that records are read from in any order; Grain brings it
     "etils[epath]>=1.15.0",  # one path type for local folders and gs:// buckets
     "flax>=0.12.8",  # networks (NNX)
     "grain>=0.2.18",  # the input pipeline: deterministic, several workers, several hosts
@@ -13,10 +14,12 @@ DEPENDENCIES = [
     "jaxtyping>=0.3.11",  # array shapes in signatures
     "ml_collections>=1.1.0",  # configs that any flag can override
     "jinja2>=3.1.6",  # the pages: galleries, the demo's report
+    "msgpack>=1.1.2",  # a record of a shard
     "numpy>=2.4.6",  # host-side arrays
     "optax>=0.2.8",  # AdamW, clipping, schedules
     "orbax-checkpoint>=0.12.8",  # asynchronous checkpoints that restore onto any mesh
     "pillow>=12.3.0",  # pictures; from 13 on, crops equal the release's to the byte, and gradio asks for less
+    "pyyaml>=6.0.3",  # mixtures of lists, as the release writes them
     "safetensors>=0.8.0",  # weights in and out
     "tensorboardX>=2.6.5",  # TensorBoard event files, without TensorFlow
     "tokenizers>=0.23.3",  # the byte-level stand-in where no Gemma tokeniser is given
@@ -35,7 +38,19 @@ EXTRAS = {
     "aot": ["jax[tpu]>=0.10.2,<0.11"],
     # Data sets of TensorFlow Datasets, read through their ArrayRecord data source: no TensorFlow, and imported only
     # by the run that names such a data set.
-    "tfds": ["tensorflow-datasets>=4.9.10"],
+    "tfds": [
+        "tensorflow-datasets>=4.9.10",
+        "importlib_resources>=6.5.2",  # which it imports and does not ask for
+    ],
+    "parquet": ["pyarrow>=25.0.0"],  # tables of images, as on the hub
+    # Images and lists at gs://, s3:// and http(s)://.
+    "remote": [
+        "aiohttp>=3.14.0",
+        "fsspec>=2026.9.0",
+        "gcsfs>=2026.9.0",
+        "s3fs>=2026.9.0",
+    ],
+    "pack": ["apache-beam>=2.77.0"],  # data_pipelines.pack, on one machine or on a cluster
     # Reading the PyTorch release (.pth, .ckpt), and parity checks. The only extra that names torch.
     "torch": ["torch==2.13.0"],
     "bench": [
@@ -51,7 +66,9 @@ EXTRAS = {
     "test": [
         "svg_jax[torch]",  # files of the release, written by the library that writes them
         "svg_jax[aot]",  # one real compilation for a TPU
-        "fsspec>=2026.9.0",  # a bucket in memory
+        "svg_jax[pack,parquet,tfds]",  # real files of every kind of source
+        "aiohttp>=3.14.0",  # a server on this machine, read through
+        "fsspec>=2026.9.0",  # and a bucket in memory
         "import-linter>=2.16",  # which room may import which
         "ipykernel>=7.4.0",  # with the next two: runs the notebook
         "mypy>=2.4.1",

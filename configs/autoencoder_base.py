@@ -1,4 +1,8 @@
-"""Every value of an autoencoder training run, with what it means; the other files change a few of them."""
+"""Every value of an autoencoder training run, with what it means; the other files change a few of them.
+
+Values are marked (released) where the PyTorch release's training files state them, (ours) otherwise. Those files train
+in float32 and start from no weights; here the compute type is bfloat16, and each size starts from the one before.
+"""
 
 import dataclasses
 
@@ -15,7 +19,7 @@ def get_config(*, residual: bool = False) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.num_train_steps = 100_000  # (ours)
-    config.batch_size = 512  # global (released: 8 GPUs x 64)
+    config.batch_size = 512  # global (released: 8 GPUs with 64 each)
     config.init_from = placeholder(str)  # workdir whose autoencoder, and discriminator, this run starts from
     config.log_every = 50  # steps
 
@@ -24,7 +28,7 @@ def get_config(*, residual: bool = False) -> ConfigDict:
     config.autoencoder.checkpoint = placeholder(str)  # with the encoder's weights; a random stand-in without
 
     # L1 + LPIPS + PatchGAN, see svg_jax/adversarial.py.
-    config.loss = ConfigDict(dataclasses.asdict(LossConfig(dtype="bfloat16")))  # (released, but for the type)
+    config.loss = ConfigDict(dataclasses.asdict(LossConfig(dtype="bfloat16")))  # (released, but for the compute type)
     config.loss.lpips = placeholder(str)  # weights of LPIPS, converted; loss.perceptual_weight=0 trains without
 
     config.data = ConfigDict()
@@ -62,15 +66,18 @@ def get_config(*, residual: bool = False) -> ConfigDict:
 
 
 def at_native_ratios(config: ConfigDict) -> None:
-    """1024 px at the images' own aspect ratios, as the release ends both autoencoders.
+    """1024 px at the images' own aspect ratios, the last stage of both autoencoders.
 
-    There are 51 sizes, and each is compiled once in a run; a folder in JAX_COMPILATION_CACHE_DIR keeps what was.
+    The release's files for it are named 1024 and say `train_resol: 256`; its weights are called 1024 too. There are 51
+    sizes, each compiled for training, and for the statistics where a residual branch is trained: these follow it at
+    every save, a pass of encoder and branch over `config.statistics.num_images` images. A folder in
+    JAX_COMPILATION_CACHE_DIR keeps what was compiled.
     """
     config.data.resolution = 1024
     config.data.max_ratio = 4.0  # (released)
     config.data.random_crop = False  # (released)
     config.loss.convention = "list"  # (released) the discriminator normalises each image alone
-    config.batch_size = 32  # (ours; released: 8 GPUs x 3)
+    config.batch_size = 32  # (ours; released: 8 GPUs with 3 each)
     save_memory(config)
 
 

@@ -18,5 +18,5 @@ def get_config() -> ConfigDict:
     config = autoencoder_base.get_config(residual=True)
     config.data.resolution = 512
     autoencoder_base.save_memory(config)
-    config.batch_size = 128  # (released: 8 GPUs x 16)
+    config.batch_size = 128  # (released: 8 GPUs with 16 each)
     return config

@@ -61,6 +61,9 @@ class LossConfig:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"unknown loss.{name} '{getattr(self, name)}': choose one of {', '.join(choices)}")
+        for name in ("disc_channels", "disc_num_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"loss.{name} is {getattr(self, name)}: it must be 1 or more")
 
     @property
     def discriminator(self) -> DiscriminatorConfig | None:
@@ -167,7 +170,7 @@ def disc_factor(config: LossConfig, step: Int[Array, ""]) -> Float[Array, ""]:
     return jnp.where(step >= config.disc_start, config.disc_factor, 0.0)
 
 
-class Reconstruction(NamedTuple):
+class ReconstructionLoss(NamedTuple):
     """nll, and its gradients by the reconstruction and by the log variance."""
 
     loss: Float[Array, ""]
@@ -177,14 +180,14 @@ class Reconstruction(NamedTuple):
     lpips: Float[Array, ""]
 
 
-def reconstruction(
+def reconstruction_loss(
     network: Network[AutoencoderLoss],
     params: Params,
     config: LossConfig,
     x: Float[Array, "batch h w 3"],
     y: Float[Array, "batch h w 3"],
     valid: Bool[Array, " batch"],
-) -> Reconstruction:
+) -> ReconstructionLoss:
     """nll of the valid images x, and what it asks of their reconstructions y."""
     distance = network(params).perceptual_loss
 
@@ -198,10 +201,10 @@ def reconstruction(
     (value, (l1, lpips)), (by_pixels, by_logvar) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
         y, params["logvar"]
     )
-    return Reconstruction(value, by_pixels, by_logvar, l1, lpips)
+    return ReconstructionLoss(value, by_pixels, by_logvar, l1, lpips)
 
 
-class Game(NamedTuple):
+class AdversarialLoss(NamedTuple):
     """gan and L_D without f; their gradients by the reconstruction and by the discriminator's parameters."""
 
     generator: Float[Array, ""]
@@ -213,7 +216,7 @@ class Game(NamedTuple):
     fake: Float[Array, ""]
 
 
-def game(
+def adversarial_loss(
     network: Network[AutoencoderLoss],
     params: Params,
     config: LossConfig,
@@ -222,7 +225,7 @@ def game(
     valid: Bool[Array, " batch"],
     *,
     train: bool = True,
-) -> Game:
+) -> AdversarialLoss:
     """What the discriminator makes of the valid images x and of their reconstructions y, which pass it separately.
 
     In the release, reconstructions pass twice, for the generator and then, the images before them, for the
@@ -244,7 +247,7 @@ def game(
 
     def logits(trained: Params, images: Array) -> tuple[Array, Any]:
         discriminator = network({**params, **trained}).discriminator
-        assert discriminator is not None, "a loss without a discriminator has no game"
+        assert discriminator is not None, "a loss without a discriminator has no adversary"
         return discriminator(images, valid, train=train, per_image=config.convention == "list")
 
     fake, pull_fake, of_fake = jax.vjp(logits, trained, y, has_aux=True)
@@ -264,7 +267,7 @@ def game(
     old = {name.removeprefix("discriminator."): value for name, value in params.items()}
     once = running_statistics(old, [of_fake])
     running = running_statistics({**old, **once}, [of_real, of_fake])
-    return Game(
+    return AdversarialLoss(
         generator,
         by_pixels,
         discriminator,

@@ -256,7 +256,7 @@ def reading(config: ConfigDict) -> dict[str, int]:
     return {key: config.data[key] for key in ("num_threads", "num_workers", "prefetch")}
 
 
-# What the order of the data and the randomness of a step depend on.
+# What the order of the data, the randomness of a step and the meaning of a latent depend on.
 FIXED = (
     "seed",
     "batch_size",
@@ -268,6 +268,7 @@ FIXED = (
     "data.pack",
     "text.max_tokens",
     "text.max_tokens_packed",
+    "autoencoder.residual.match",
 )
 
 

@@ -19,10 +19,10 @@ from svg_jax.adversarial import (
     AutoencoderLoss,
     LossConfig,
     adaptive_weight,
+    adversarial_loss,
     disc_factor,
-    game,
     is_trained,
-    reconstruction,
+    reconstruction_loss,
 )
 from svg_jax.models.autoencoder import Autoencoder, AutoencoderConfig, to_uint8
 from svg_jax.nn.functional import Axes, Network, Params
@@ -123,14 +123,14 @@ def autoencoder_step(
         hidden, pull_hidden = jax.vjp(hidden_of, body)
         pixels, pull_pixels = jax.vjp(pixels_of, last, hidden)
         target = target_pixels(batch["images"])[:, : pixels.shape[1], : pixels.shape[2]]
-        close = reconstruction(networks.loss, of_loss, loss, target, pixels, valid)
+        close = reconstruction_loss(networks.loss, of_loss, loss, target, pixels, valid)
 
         by_pixels, total, running = close.by_pixels, close.loss, {}
         by_last, _ = pull_pixels(by_pixels)
         grads = {LOSS + "logvar": close.by_logvar}
         metrics = {"loss/l1": close.l1, "loss/lpips": close.lpips}
         if loss.discriminator is not None:
-            played = game(networks.loss, of_loss, loss, target, pixels, valid)
+            played = adversarial_loss(networks.loss, of_loss, loss, target, pixels, valid)
             by_last_of_game, _ = pull_pixels(played.by_pixels)
             kernel, factor = LAST + "kernel", disc_factor(loss, state.step)
             weight = adaptive_weight(by_last[kernel], by_last_of_game[kernel], loss.disc_weight)

@@ -105,8 +105,9 @@ class Checkpoints:
         """
 
         def read(folder: epath.Path) -> tuple[TrainState, dict[str, Any]]:
-            for part in ("params", "frozen"):
-                _check(getattr(abstract, part), _saved_shapes(folder, part), folder)
+            trained, kept = (_saved_shapes(folder, part) for part in ("params", "frozen"))
+            _check({**abstract.params, **abstract.frozen}, {**trained, **kept}, folder)
+            _check_trained(abstract.params.keys(), trained.keys(), folder)
             # Not through the manager, where a process that can read waits without end for one that cannot.
             data = ocp.JsonCheckpointHandler().restore(folder / "data")
             args = ocp.args.StandardRestore(_saved_fields(abstract, folder))
@@ -411,19 +412,30 @@ def _saved_shapes(folder: epath.Path, part: str) -> dict[str, jax.ShapeDtypeStru
 
 def _check(expected: Mapping[str, Any], found: Mapping[str, Any], where: epath.Path | Path) -> None:
     if problem := mismatch(dict(expected), dict(found)):
-        hint = _only_one_has(expected.keys() - found.keys(), found.keys() - expected.keys())
+        hint = _only_one_has(expected.keys(), found.keys())
         advice = "give the config the checkpoint's sizes, or name another checkpoint"
         raise WrongArchitecture(f"{where}: {problem}{hint}: {advice}")
 
 
-def _only_one_has(missing: Set[str], unexpected: Set[str]) -> str:
+def _check_trained(expected: Set[str], found: Set[str], where: epath.Path) -> None:
+    for names, now, then in ((expected - found, "trained", "frozen"), (found - expected, "frozen", "trained")):
+        if names:
+            raise WrongArchitecture(
+                f"{where}: {len(names)} parameters, {min(names)} among them, are {now} by the config and {then} in the "
+                "checkpoint: set the config back, or begin a new --workdir with --config.init_from"
+            )
+
+
+def _only_one_has(expected: Set[str], found: Set[str]) -> str:
     """In brackets the parts that only the config or only the checkpoint has, where such parts are all that differs."""
-    if not all(name.startswith(tuple(OPTIONAL)) for name in missing | unexpected):
+
+    def has(names: Set[str], prefix: str) -> bool:
+        return any(name.startswith(prefix) for name in names)
+
+    parts = {prefix: what for prefix, what in OPTIONAL.items() if has(expected, prefix) != has(found, prefix)}
+    if not all(name.startswith(tuple(parts)) for name in expected ^ found):
         return ""
-    found = [
-        f"only the {side} has {what}"
-        for side, names in (("config", missing), ("checkpoint", unexpected))
-        for prefix, what in OPTIONAL.items()
-        if any(name.startswith(prefix) for name in names)
+    sides = [
+        f"only the {'config' if has(expected, prefix) else 'checkpoint'} has {what}" for prefix, what in parts.items()
     ]
-    return f" ({', '.join(found)})" if found else ""
+    return f" ({', '.join(sides)})" if sides else ""

@@ -163,7 +163,7 @@ def main(arguments: list[str] | None = None) -> None:
         total = min(len(source), options.num_images or len(source))
         names = ("data", "resolution", "batch_size", "seed")
         settings = {name: getattr(options, name) for name in names} | {"signature": source.signature}
-        settings |= {"num_images": total, "match": loaded.origin["match"], "weights": loaded.origin["weights"]}
+        settings |= {"num_images": total, **{name: loaded.origin[name] for name in ("match", "dtype", "weights")}}
         progress = Progress(target.parent / f".{target.name}.measuring.npz", settings, sizes.latent_channels)
         measure(loaded, batches, progress, total, mesh, options)
         statistics = finish(progress, batches, total, options) if distributed.is_first() else {}

@@ -77,6 +77,26 @@ def frozen(config: ConfigDict, networks: Networks, mesh: Mesh) -> Frozen:
     )
 
 
+def check_latents(config: ConfigDict) -> None:
+    """Whether the autoencoder's checkpoint has latents such as the model is to learn; none of its weights are read.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint.
+        ValueError: They have another number of channels.
+    """
+    workdir = config.autoencoder.checkpoint
+    about = load_config(workdir) if workdir else {}
+    if "autoencoder" not in about:
+        return
+    found = autoencoder_config(ConfigDict(about["autoencoder"])).latent_channels
+    if found != config.model.in_channels:
+        raise ValueError(
+            f"the latents of {workdir} have {found} channels, and the config is for {config.model.in_channels}: take a "
+            "config of such latents (configs/stage1_residual.py is for Autoencoder-R), and measure the statistics of "
+            "latents that have none with `python -m svg_jax.latent_stats`"
+        )
+
+
 def load_autoencoder(section: ConfigDict, network: Network[Autoencoder], mesh: Mesh, *, trains: bool = False) -> Params:
     """Of the checkpoint that `config.autoencoder` names, or the stand-in.
 

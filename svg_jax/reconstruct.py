@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
                     raise BadRecord(
                         Cause.DAMAGED,
                         f"the reconstruction of {file} holds values that are not finite: the weights are damaged, or "
-                        "too large for the compute type; compare with --dtype float32"
+                        "too large for the compute type; compare with --dtype float32",
                     )
             except BadRecord as error:
                 problems.append(error)

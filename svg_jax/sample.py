@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from data_pipelines.prompts import read_prompts
 from data_pipelines.text import SYSTEM_PROMPTS
+from svg_jax.assemble import DTYPES
 from svg_jax.config import one_sentence, parse_shard
 from svg_jax.flow.solvers import LAST_STEPS, SOLVERS, Solver
 from svg_jax.pipeline import Job, Settings, SVGPipeline
@@ -79,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     add("--text-encoder", help="workdir of another text encoder")
     add("--tokenizer", help="folder of another tokeniser")
     add("--no-ema", dest="ema", action="store_false", help="the raw weights instead of their average")
-    add("--dtype", help="compute type: float32 or bfloat16")
+    add("--dtype", help=f"compute type, of {', '.join(DTYPES)}; by default as configured")
     add("--prompt", action="append", default=[], help="what to draw; may be given many times")
     add("--prompts", action="append", default=[], metavar="FILE", help=".txt, .json or .jsonl")
     add("--out", default="samples", help="folder for the pictures, local or gs://")

@@ -10,7 +10,6 @@ import base64
 import io
 import json
 import logging
-import uuid
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from typing import Any
@@ -18,6 +17,8 @@ from typing import Any
 from etils import epath
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
+
+from svg_jax.output_folder import output_folder, write_whole
 
 logger = logging.getLogger("svg_jax")
 
@@ -45,26 +46,8 @@ class SampleFolder:
             ValueError: The folder holds pictures of other settings.
             PermissionError: It cannot be made.
         """
-        self.folder = epath.Path(folder)
         self.settings = json.loads(json.dumps(settings))
-        try:
-            (self.folder / "images").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise PermissionError(f"cannot write pictures to {folder} ({error}): choose another --out") from error
-        file = self.folder / "settings.json"
-        if file.exists():
-            try:
-                before = dict(json.loads(file.read_text()))
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{file} cannot be read ({error}): choose another --out, or remove it") from error
-            for key in sorted({*before, *self.settings}):
-                if before.get(key) != self.settings.get(key):
-                    raise ValueError(
-                        f"{folder} holds pictures drawn with {key} = {before.get(key)}, and now it is "
-                        f"{self.settings.get(key)}: choose another --out, or remove that folder"
-                    )
-        else:
-            _write(file, json.dumps(self.settings, indent=2).encode())
+        self.folder = output_folder(folder, self.settings, inside="images", results="pictures")
 
     def name(self, index: int, sample: int, width: int, height: int) -> str:
         """The file of one picture, relative to the folder."""
@@ -100,7 +83,7 @@ class SampleFolder:
         info.add_text("Software", "svg_jax")
         data = io.BytesIO()
         image.save(data, format="PNG", pnginfo=info)
-        _write(self.folder / name, data.getvalue())
+        write_whole(self.folder / name, data.getvalue())
 
     def finish(self) -> None:
         """Lists all pictures in `data.json`, in the release's form with the settings added, and in the gallery.
@@ -111,8 +94,8 @@ class SampleFolder:
         while (names := self._names()) != listed:  # another process may have added some meanwhile
             listed = names
             entries = [entry for name in names if (entry := self._entry(name)) is not None]
-            _write(self.folder / "data.json", json.dumps(entries, indent=1).encode())
-            _write(self.folder / "index.html", self._gallery(entries).encode())
+            write_whole(self.folder / "data.json", json.dumps(entries, indent=1))
+            write_whole(self.folder / "index.html", self._gallery(entries))
 
     def _names(self) -> list[str]:
         return sorted(f"images/{file.name}" for file in (self.folder / "images").glob("*.png"))
@@ -164,10 +147,3 @@ def _thumbnail(file: epath.Path) -> str:
     data = io.BytesIO()
     small.save(data, format="JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
-
-
-def _write(file: epath.Path, data: bytes) -> None:
-    """Whole or not at all, whoever else writes the same file."""
-    part = file.parent / f".{file.name}.{uuid.uuid4().hex[:8]}.part"
-    part.write_bytes(data)
-    part.replace(file)

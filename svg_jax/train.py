@@ -39,6 +39,7 @@ def main(config: ConfigDict, workdir: str) -> None:
         assemble.check(config, needs="model")
         distributed.initialise(config.cluster)
         assemble.make_paths_absolute(config)
+        loading.check_latents(config)
         mesh = make_mesh(config.mesh)
         program = train_program(config, mesh)
         networks = program.networks

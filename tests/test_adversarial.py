@@ -16,18 +16,18 @@ from flax import nnx
 from jaxtyping import Array
 
 from svg_jax.adversarial import (
+    AdversarialLoss,
     AutoencoderLoss,
-    Game,
     LossConfig,
-    Reconstruction,
+    ReconstructionLoss,
     adaptive_weight,
+    adversarial_loss,
     check_perceptual_weights,
     disc_factor,
     discriminator_loss,
-    game,
     is_trained,
     negative_log_likelihood,
-    reconstruction,
+    reconstruction_loss,
 )
 from svg_jax.models.discriminator import Statistics, running_statistics
 from svg_jax.nn.functional import Network, Params
@@ -144,8 +144,8 @@ def kernel() -> Array:
 class Parts(NamedTuple):
     """Ours of what passes together: terms, gradients by the last kernel, and what a real and a fake pass see."""
 
-    close: Reconstruction
-    played: Game
+    close: ReconstructionLoss
+    played: AdversarialLoss
     by_nll: Array
     by_game: Array
     passes: list[dict[str, Statistics]]
@@ -161,8 +161,8 @@ def compiled(config: LossConfig, train: bool) -> Any:
     def run(params, kernel, x, features):
         valid = jnp.ones((len(x),), bool)
         y, pull = jax.vjp(lambda kernel: last_layer(kernel, features), kernel)
-        close = reconstruction(network, params, config, x, y, valid)
-        played = game(network, params, config, x, y, valid, train=train)
+        close = reconstruction_loss(network, params, config, x, y, valid)
+        played = adversarial_loss(network, params, config, x, y, valid, train=train)
         passes = [
             network(params).discriminator(images, train=train, per_image=config.convention == "list")
             for images in (x, y)
@@ -272,7 +272,7 @@ def test_the_list_convention_is_the_batch_convention_image_by_image() -> None:
     y, valid = last_layer(kernel(), features), jnp.ones((len(x),), bool)
     alone = LossConfig(disc_channels=case().config["disc"]["ndf"], disc_num_layers=case().config["disc"]["n_layers"])
     run = {
-        convention: jax.jit(functools.partial(game, network_of(config), config=config))
+        convention: jax.jit(functools.partial(adversarial_loss, network_of(config), config=config))
         for convention in ("batch", "list")
         for config in [dataclasses.replace(alone, convention=convention, perceptual_weight=0.0)]
     }

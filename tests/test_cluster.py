@@ -22,6 +22,7 @@ from data_pipelines.scenes import write_scenes
 from svg_jax.distributed import EXIT_PREEMPTED
 from tests.cluster import PATIENCE, job
 from tests.tiny import write_tiny_weights
+from tests.tiny_autoencoders import write_pictures
 
 STEPS = 12
 FEW = 4  # of them, in the warm-up of the learning rate, which knows nothing of how many there are
@@ -44,6 +45,24 @@ def get_config():
     return config
 """
 
+# The same of an autoencoder with a residual branch and a discriminator, on pictures of two shapes.
+AUTOENCODER_CONFIG = """
+import dataclasses
+from configs import tiny_autoencoder
+from tests.tiny_autoencoders import RESIDUAL
+
+def get_config():
+    config = tiny_autoencoder.get_config()
+    config.autoencoder = {{**dataclasses.asdict(RESIDUAL), "checkpoint": None}}
+    config.update_from_flattened_dict({{
+        "num_train_steps": {steps}, "batch_size": 8, "log_every": 1, "checkpoint.every": 99, "sample.every": 0,
+        "data.path": "{folder}/pictures", "data.resolution": 32, "data.max_ratio": 4.0, "data.num_threads": 0,
+        "loss.disc_weight": 0.5, "loss.disc_channels": 4, "loss.disc_num_layers": 1, "loss.disc_start": 1,
+        "loss.convention": "list", "statistics.num_images": 8,
+    }})
+    return config
+"""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -52,13 +71,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_scenes(folder / "scenes", 32, seed=0)
     (folder / "scenes" / "images" / "000003.png").unlink()
     write_tiny_weights(folder / "weights")
+    for name, size in (("wide", (64, 16)), ("tall", (16, 64))):
+        write_pictures(folder / "pictures" / name, 8, size=size)
     (folder / "config.py").write_text(CONFIG.format(folder=folder, steps=STEPS))
+    (folder / "autoencoder.py").write_text(AUTOENCODER_CONFIG.format(folder=folder, steps=FEW))
     return folder
 
 
-def cluster(folder: Path, name: str, processes: int, *flags: str) -> AbstractContextManager[subprocess.Popen[bytes]]:
+def cluster(
+    folder: Path, name: str, processes: int, *flags: str, door: str = "train", config: str = "config.py"
+) -> AbstractContextManager[subprocess.Popen[bytes]]:
     """A training run of so many processes with two devices each; its output goes to `folder`/`name`.logs."""
-    train = [sys.executable, "-m", "svg_jax.train", f"--config={folder / 'config.py'}", f"--workdir={folder / name}"]
+    train = [sys.executable, "-m", f"svg_jax.{door}", f"--config={folder / config}", f"--workdir={folder / name}"]
     settings = {
         # Compiled in half the time, and kept for the next run; all runs compute with the same flags.
         "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
@@ -68,8 +92,8 @@ def cluster(folder: Path, name: str, processes: int, *flags: str) -> AbstractCon
     return job(folder / f"{name}.logs", processes, [*train, *flags], devices=2, env=settings)
 
 
-def finish(folder: Path, name: str, processes: int, *flags: str) -> None:
-    with cluster(folder, name, processes, *flags) as run:
+def finish(folder: Path, name: str, processes: int, *flags: str, **door: str) -> None:
+    with cluster(folder, name, processes, *flags, **door) as run:
         assert run.wait(PATIENCE) == 0, log(folder, name, 0)
 
 
@@ -126,6 +150,20 @@ def test_one_two_and_four_processes_have_the_same_losses(folder: Path, whole: di
         curve = losses(folder, f"whole{processes}")
         assert list(curve) == list(range(FEW))
         assert_same(curve, whole)
+
+
+@pytest.mark.slow
+def test_an_autoencoder_has_the_same_losses_and_one_grid_a_step_on_both_of_two_processes(folder: Path) -> None:
+    """With a residual branch, whose latents are matched over the global batch, and a discriminator."""
+    door = {"door": "train_autoencoder", "config": "autoencoder.py"}
+    values = []
+    for processes in (1, 2):
+        name = f"autoencoder{processes}"
+        finish(folder, name, processes, **door)
+        lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        values.append([[line[key] for key in ("loss", "grad_norm", "loss/adaptive_weight")] for line in lines])
+    assert len(values[0]) == FEW
+    np.testing.assert_allclose(values[1], values[0], rtol=1e-4)
 
 
 @pytest.mark.slow

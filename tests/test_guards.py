@@ -384,16 +384,19 @@ def test_a_save_that_fails_meanwhile_ends_the_run(tmp_path: Path, monkeypatch: p
 
 
 def test_a_state_is_made_ready_before_it_is_saved(tmp_path: Path) -> None:
+    stamps = []
+
     def stamped(state: TrainState) -> TrainState:
-        return dataclasses.replace(state, frozen={"measured": state.step})
+        stamps.append(int(state.step))
+        kernel = state.params["map.kernel"]
+        stamp = jax.device_put(np.full(kernel.shape, stamps[-1], np.float32), kernel.sharding)
+        return dataclasses.replace(state, params={"map.kernel": stamp})
 
     state = run(tmp_path, {}, settings=config(num_train_steps=5, **{"checkpoint.every": 2}), before_save=stamped)
-    assert int(state.frozen["measured"]) == 5
-    for step in (2, 4, 5):
-        folder = tmp_path / "checkpoints" / str(step)
-        assert folder.is_dir()
-    saved = open_params(str(tmp_path))
-    assert int(saved["frozen"]["measured"]) == 5
+    assert stamps == [2, 4, 5]
+    saved = open_params(str(tmp_path))["params"]["map.kernel"]
+    for kernel in (state.params["map.kernel"], saved):
+        np.testing.assert_array_equal(kernel, np.full(kernel.shape, 5, np.float32))
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["preempted", "stopped"])

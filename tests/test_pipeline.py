@@ -36,7 +36,7 @@ def difference(a: Image.Image, b: Image.Image) -> int:
 def test_images_and_latents(pipe: SVGPipeline) -> None:
     images, latents = pipe(["a fox", ""], num_images=2, return_latents=True, width=48)
     assert [image.size for image in images] == [(48, SIDE)] * 4
-    assert [z.shape for z in latents] == [(SIDE // 8, 6, 12)] * 4
+    assert [z.shape for z in latents] == [(SIDE // 8, 6, 16)] * 4
     assert difference(pipe.decode(latents[1]), images[1]) <= 1
     assert difference(images[0], images[1]) > 0
     assert pipe("a fox", width=48)[0].size == (48, SIDE)
@@ -128,7 +128,7 @@ def test_enhancement_rewrites_prompts_and_pictures_follow(pipe: SVGPipeline, mon
 def test_pictures_go_through_the_autoencoder(pipe: SVGPipeline) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (37, 50, 4), np.uint8)
     latents = pipe.encode(Image.fromarray(noise, "RGBA"))
-    assert latents.shape == (4, 6, 12)
+    assert latents.shape == (4, 6, 16)
     assert np.isfinite(latents).all()
     assert pipe.decode(latents).size == (48, 32)
 

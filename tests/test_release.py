@@ -15,7 +15,7 @@ from PIL import Image
 
 from configs import autoencoder_base
 from data_pipelines.text import train_word_tokenizer
-from svg_jax import assemble, loading, sample, train_autoencoder
+from svg_jax import assemble, loading, reconstruct, sample, train_autoencoder
 from svg_jax.checkpoint import WrongArchitecture, load_config, load_params, save_params
 from svg_jax.convert.kinds import restored
 from svg_jax.convert.model import Model
@@ -133,6 +133,14 @@ def training(folder: Path, imported: Path, *, as_run: bool) -> ConfigDict:
     return config
 
 
+def reconstructed(folder: Path, workdir: Path) -> np.ndarray:
+    """A picture as the raw weights of a workdir reconstruct it."""
+    out = folder / "reconstructed" / workdir.parent.name / workdir.name
+    raw = ["--no-ema"] if workdir.name == "run" else []
+    reconstruct.main([str(folder / "pictures/0/00.png"), "--checkpoint", str(workdir), "--out", str(out), *raw])
+    return np.asarray(Image.open(out / "reconstructions" / "00.png"))
+
+
 def test_another_architecture_says_what_to_do(tmp_path: Path) -> None:
     """Between Autoencoder-P and -R, and with losses, the part that one has and the other has not is named."""
     advice = "give the config the checkpoint's sizes, or name another checkpoint"
@@ -194,5 +202,10 @@ def test_training_goes_on_from_the_release_and_back_to_it(
     assert not lost
 
     release.run("import", tmp_path / "out.ckpt", "--to", tmp_path / "again", *flags)
+    first, trained, again = (
+        reconstructed(tmp_path, workdir) for workdir in (imported, run, tmp_path / "again/autoencoder")
+    )
+    np.testing.assert_array_equal(trained, again)
+    assert np.any(trained != first)
     release.run("export", tmp_path / "again/autoencoder", "--to", tmp_path / "last.ckpt")
     release.assert_same(tmp_path / "last.ckpt", after, "state_dict")

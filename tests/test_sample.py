@@ -76,7 +76,7 @@ def test_what_is_there_is_not_drawn_again(weights: Path, prompts: Path, tmp_path
     sample.main(call)
     assert drawn == ["two owls"]
     assert (pictures(out)[gone.name] == before[gone.name]).all()
-    with pytest.raises(SystemExit, match=r"drawn with seed = 0, and now it is 3: choose another --out"):
+    with pytest.raises(SystemExit, match=r"holds pictures of seed = 0, and now it is 3: choose another --out"):
         sample.main([*call, "--seed", "3"])
     prompts.write_text('"an ox"')
     with pytest.raises(SystemExit, match=r"was drawn for another prompt \('a fox'\)"):

@@ -60,7 +60,7 @@ def test_listing_and_gallery(tmp_path: Path) -> None:
 def test_a_folder_of_other_settings_is_left_alone(tmp_path: Path) -> None:
     SampleFolder(str(tmp_path), SETTINGS)
     SampleFolder(str(tmp_path), SETTINGS)
-    with pytest.raises(ValueError, match=r"drawn with num_steps = 4, and now it is 5: choose another --out"):
+    with pytest.raises(ValueError, match=r"holds pictures of num_steps = 4, and now it is 5: choose another --out"):
         SampleFolder(str(tmp_path), SETTINGS | {"num_steps": 5})
 
 

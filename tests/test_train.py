@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
@@ -80,6 +81,13 @@ def environment() -> dict[str, str]:
     return {**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir)}
 
 
+def arrays(workdir: Path, step: int) -> Any:
+    """All that a checkpoint holds of a state: parameters, average, optimiser, counters."""
+    folder, handler = workdir / "checkpoints" / str(step) / "state", ocp.PyTreeCheckpointHandler()
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(folder).tree)
+    return handler.restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("door", "exact"),
@@ -109,6 +117,7 @@ def test_killed_at_any_step_and_started_again_gives_the_same_losses(
         process.wait()
     subprocess.run(command(door, tmp_path / "killed", data, **steps), env=environment(), check=True, timeout=300)
 
+    np.testing.assert_equal(arrays(tmp_path / "killed", 8), arrays(tmp_path / "whole", 8))
     killed = scalars(tmp_path / "killed")
     assert [[line[k] for k in ("step", *exact)] for line in killed] == [
         [line[k] for k in ("step", *exact)] for line in whole
@@ -197,6 +206,12 @@ def test_autoencoder_then_diffusion_then_pictures(
     with pytest.raises(SystemExit, match=r"no run of svg_jax\.train"):
         sample.main(["--checkpoint", str(tmp_path / "autoencoder"), "--prompt", "a red circle"])
 
+    # Latents of other channels than the model's are refused, and where to go from there is said.
+    weights = {"autoencoder.checkpoint": str(tmp_path / "autoencoder"), "model.in_channels": 12}
+    config = small_config(data, num_train_steps=1, **weights)
+    with pytest.raises(SystemExit, match=r"have 16 channels, and the config is for 12: .* svg_jax\.latent_stats"):
+        train.main(config, str(tmp_path / "other"))
+
     # The same architecture begins from the averaged weights; another one is refused, with names and shapes.
     config = small_config(data, num_train_steps=1, init_from=str(tmp_path / "dit"))
     train.main(config, str(tmp_path / "next"))
@@ -214,7 +229,7 @@ def test_autoencoder_then_diffusion_then_pictures(
         ({"data.path": "missing.jsonl"}, "missing.jsonl"),
         ({"data.resolution": 60}, "resolution.*60.*multiple"),
         ({"batch_size": 12}, r"batch_size 12 .* multiple of 8"),
-        ({"model.in_channels": 9}, "in_channels is 9 .* 12 channels"),
+        ({"model.in_channels": 9}, "in_channels is 9 .* 16 channels"),
         ({"mesh.tensor": 3}, "tensor=3 does not fit 8 devices"),
         ({"flow.path": "Linea"}, "Linear"),
         ({"flow.times": "lognormal"}, "lognorm"),

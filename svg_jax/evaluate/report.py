@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Float
 
 from svg_jax.evaluate.fid import Moments, bias, frechet_distance
-from svg_jax.evaluate.results import Part, Results, flattened
+from svg_jax.evaluate.results import Part, Results
+from svg_jax.output_folder import flattened
 
 PICTURES = 8  # of each end on the page
 SIGNS = {"psnr": 1.0, "ssim": 1.0, "lpips": -1.0}  # of a value an image: 1 where more is better

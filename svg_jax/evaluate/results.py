@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import uuid
 import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,15 +16,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from svg_jax.output_folder import output_folder, write_whole
+
 Part = Mapping[str, np.ndarray]
-
-
-def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
 
 
 class Results:
@@ -42,33 +35,12 @@ class Results:
             ValueError: The folder holds results of other settings.
             PermissionError: It cannot be made.
         """
-        self.folder = epath.Path(folder)
         self.settings = json.loads(json.dumps(settings))
-        try:
-            (self.folder / "parts").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise PermissionError(f"cannot write results to {folder} ({error}): choose another --out") from error
-        file = self.folder / "settings.json"
-        if not file.exists():
-            self.write("settings.json", json.dumps(self.settings, indent=2))
-            return
-        try:
-            before, now = flattened(json.loads(file.read_text())), flattened(self.settings)
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{file} cannot be read ({error}): choose another --out, or remove it") from error
-        for key in sorted({*before, *now}):
-            if before.get(key) != now.get(key):
-                raise ValueError(
-                    f"{folder} holds results of {key} = {before.get(key)}, and now it is {now.get(key)}: "
-                    "choose another --out, or remove that folder"
-                )
+        self.folder = output_folder(folder, self.settings, inside="parts", results="results")
 
     def write(self, name: str, content: str | bytes) -> None:
-        """A file of the folder, whole or not at all, whoever else writes the same."""
-        file = self.folder / name
-        part = file.parent / f".{file.name}.{uuid.uuid4().hex[:8]}.part"
-        part.write_bytes(content.encode() if isinstance(content, str) else content)
-        part.replace(file)
+        """A file of the folder."""
+        write_whole(self.folder / name, content)
 
     def holds(self, number: int) -> bool:
         """Whether a part is there, and whole."""

@@ -6,6 +6,7 @@ after every block of the lowest level, in the released "woattn" configs too.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import itertools
 import math
@@ -18,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from svg_jax.nn.attention import attention
-from svg_jax.nn.linear import conv
+from svg_jax.nn.linear import conv, doubled_convolution
 from svg_jax.nn.norms import GroupNorm
 from svg_jax.nn.stack import recomputed
 
@@ -101,12 +102,10 @@ class Upsample(nnx.Module):
     """Each pixel becomes 2 x 2, then a 3 x 3 convolution."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype: str) -> None:
-        self.conv = conv(channels, channels, 3, rngs=rngs, dtype=dtype)
+        self.conv = conv(channels, channels, 3, rngs=rngs, dtype=dtype, form=doubled_convolution)
 
     def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch 2*h 2*w c"]:
-        batch, height, width, channels = x.shape
-        x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
-        return self.conv(x.reshape(batch, 2 * height, 2 * width, channels))
+        return self.conv(x)
 
 
 class Middle(nnx.Module):
@@ -161,13 +160,13 @@ class PixelDecoder(nnx.Module):
         """Pixels of what `coarse` gave."""
         return self.conv_out(self.upper(x)).astype(jnp.float32)
 
+    @abc.abstractmethod
     def coarse(self, z: Float[Array, "batch h w z_channels"]) -> Float[Array, "batch h2 w2 c"]:
         """Up to the end of the lowest level: all of the attention, and little of the memory."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def upper(self, x: Float[Array, "batch h2 w2 c"]) -> Float[Array, "batch height width c"]:
         """The other levels, up to the last convolution."""
-        raise NotImplementedError
 
 
 class Decoder(PixelDecoder):

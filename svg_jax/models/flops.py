@@ -132,6 +132,11 @@ def conv(inputs: int, outputs: int, kernel: int, size: tuple[int, int], stride: 
     return 2 * inputs * outputs * places(size[0]) * places(size[1])
 
 
+def doubled_conv(inputs: int, outputs: int, size: tuple[int, int]) -> int:
+    """Of `nn.linear.doubled_convolution`: along an axis of n pixels, the 2n results have two taps each, 2 outside."""
+    return 2 * inputs * outputs * (4 * size[0] - 2) * (4 * size[1] - 2)
+
+
 def decode(config: DecoderConfig | HyDecoderConfig, grid: tuple[int, int]) -> float:
     """Of one image's forward pass from features of a grid (rows, cols), by either decoder."""
     return hy_decoder(config, grid) if isinstance(config, HyDecoderConfig) else decoder(config, grid)
@@ -147,8 +152,8 @@ def decoder(config: DecoderConfig, grid: tuple[int, int]) -> float:
         if size == grid:  # the lowest level has attention after every block
             total += (config.num_res_blocks + 1) * _attention(width, size)
         if size[0] < grid[0] * config.factor:
+            total += doubled_conv(width, width, size)
             size = (2 * size[0], 2 * size[1])
-            total += conv(width, width, 3, size)
     return float(total + conv(widths[-1], config.out_channels, 3, size))
 
 

@@ -16,10 +16,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from svg_jax.models.patch_encoder import PatchEncoder, Sequence
 from svg_jax.nn.blocks import INIT, Block, BlockConfig, PatchEmbed
 from svg_jax.nn.norms import LayerNorm
 from svg_jax.nn.patches import patchify, token_mask, token_positions
-from svg_jax.nn.stack import scan_layers, stacked
+from svg_jax.nn.stack import stacked
 from svg_jax.parallel import constrain_tokens
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -205,8 +206,8 @@ class RopeEmbed(nnx.Module):
         return angles.reshape(*angles.shape[:2], -1)
 
 
-class ViT(nnx.Module):
-    """Patches -> normalised patch features."""
+class ViT(PatchEncoder):
+    """DINOv3."""
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -223,56 +224,14 @@ class ViT(nnx.Module):
         if config.local_norm:
             self.local_cls_norm = LayerNorm(config.dim, eps=config.norm_eps)
 
-    @property
-    def patch_size(self) -> int:
-        """Pixels a side of a patch."""
-        return self.config.patch_size
-
-    @property
-    def dim(self) -> int:
-        """Channels of a feature."""
-        return self.config.dim
-
-    def __call__(
-        self,
-        patches: Float[Array, "batch tokens pixels"],
-        grid: Int[Array, "batch 2"],
-        mask: Bool[Array, "batch tokens"] | None = None,
-    ) -> Float[Array, "batch tokens dim"]:
-        """Normalised patch features.
-
-        Args:
-            patches: Normalised pixels (`normalise_pixels`), row-major, (row, column, channel) inside a patch.
-            grid: (rows, cols) of each image in patches; (0, 0) for none.
-            mask: Which slots hold a patch, the first rows * cols by default.
-
-        Returns:
-            float32; what stands in empty slots means nothing.
-        """
-        return self.outputs(patches, grid, mask).patch_tokens
-
     def outputs(
         self,
         patches: Float[Array, "batch tokens pixels"],
         grid: Int[Array, "batch 2"],
         mask: Bool[Array, "batch tokens"] | None = None,
     ) -> ViTOutput:
-        """All tokens after the last norm; arguments as for calling."""
-        x, rotary, valid = self.embed(patches, grid, mask)
-        x, _ = scan_layers(self.blocks, x, rotary, valid, dtype=self.config.dtype)
-        return self.split(self.norm(x))
-
-    def hidden_states(
-        self,
-        patches: Float[Array, "batch tokens pixels"],
-        grid: Int[Array, "batch 2"],
-        mask: Bool[Array, "batch tokens"] | None = None,
-    ) -> Float[Array, "states batch sequence dim"]:
-        """The whole sequence before the first block and after each, not normalised; arguments as for calling."""
-        x, rotary, valid = self.embed(patches, grid, mask)
-        _, states = scan_layers(self.blocks, x, rotary, valid, dtype=self.config.dtype, collect=True)
-        assert states is not None
-        return jnp.concatenate([x[None], states])
+        """All tokens after the last norm, by kind; arguments as for calling."""
+        return self.split(self.sequence(patches, grid, mask))
 
     def images(self, images: Float[Array, "batch height width 3"]) -> ViTOutput:
         """All tokens of normalised images of one size; what does not fill a patch is cut off."""
@@ -286,7 +245,7 @@ class ViT(nnx.Module):
         patches: Float[Array, "batch tokens pixels"],
         grid: Int[Array, "batch 2"],
         mask: Bool[Array, "batch tokens"] | None = None,
-    ) -> tuple[Array, tuple[Array, Array], Array]:
+    ) -> Sequence:
         """The sequence [class, storage, patches], float32, its rotary (cos, sin), and which of its slots are in use."""
         batch, tokens, _ = patches.shape
         mask = token_mask(grid, tokens) if mask is None else mask

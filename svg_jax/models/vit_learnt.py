@@ -21,12 +21,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from svg_jax.models.patch_encoder import PatchEncoder, Sequence
 from svg_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from svg_jax.nn.blocks import INIT, Block, BlockConfig, PatchEmbed
 from svg_jax.nn.norms import LayerNorm
 from svg_jax.nn.patches import token_mask, token_positions
 from svg_jax.nn.resize import interpolate_table
-from svg_jax.nn.stack import scan_layers, stacked
+from svg_jax.nn.stack import stacked
 from svg_jax.parallel import constrain_tokens
 
 FAMILIES = ("dinov2", "siglip2", "mae")
@@ -199,8 +200,8 @@ def _square(kind: str, name: str, value: Any) -> int:
     return int(sides.pop())
 
 
-class LearntViT(nnx.Module):
-    """Patches -> normalised patch features."""
+class LearntViT(PatchEncoder):
+    """DINOv2, SigLIP 2 or MAE."""
 
     def __init__(self, config: LearntViTConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -216,56 +217,13 @@ class LearntViT(nnx.Module):
         self.blocks = stacked(lambda rngs: Block(config.block, rngs=rngs), config.num_layers, rngs=rngs)
         self.norm = LayerNorm(config.dim, eps=config.norm_eps)
 
-    @property
-    def patch_size(self) -> int:
-        """Pixels a side of a patch."""
-        return self.config.patch_size
-
-    @property
-    def dim(self) -> int:
-        """Channels of a feature."""
-        return self.config.dim
-
-    def __call__(
-        self,
-        patches: Float[Array, "batch tokens pixels"],
-        grid: Int[Array, "batch 2"],
-        mask: Bool[Array, "batch tokens"] | None = None,
-    ) -> Float[Array, "batch tokens dim"]:
-        """Normalised patch features.
-
-        Args:
-            patches: Pixels normalised with the config's `pixel_mean` and `pixel_std` (`models.vit.normalise_pixels`),
-                row-major, (row, column, channel) inside a patch.
-            grid: (rows, cols) of each image in patches; (0, 0) for none.
-            mask: Which slots hold a patch, the first rows * cols by default.
-
-        Returns:
-            float32; what stands in empty slots means nothing.
-        """
-        x, valid = self.embed(patches, grid, mask)
-        x, _ = scan_layers(self.blocks, x, None, valid, dtype=self.config.dtype)
-        return self.norm(x)[:, self.config.tokens_in_front :]
-
-    def hidden_states(
-        self,
-        patches: Float[Array, "batch tokens pixels"],
-        grid: Int[Array, "batch 2"],
-        mask: Bool[Array, "batch tokens"] | None = None,
-    ) -> Float[Array, "states batch sequence dim"]:
-        """The whole sequence before the first block and after each, not normalised; arguments as for calling."""
-        x, valid = self.embed(patches, grid, mask)
-        _, states = scan_layers(self.blocks, x, None, valid, dtype=self.config.dtype, collect=True)
-        assert states is not None
-        return jnp.concatenate([x[None], states])
-
     def embed(
         self,
         patches: Float[Array, "batch tokens pixels"],
         grid: Int[Array, "batch 2"],
         mask: Bool[Array, "batch tokens"] | None = None,
-    ) -> tuple[Float[Array, "batch sequence dim"], Bool[Array, "batch sequence"]]:
-        """The sequence [class, registers, patches] with positions, float32, and which of its slots are in use."""
+    ) -> Sequence:
+        """The sequence [class, registers, patches] with positions, float32, no rotary, and which slots are in use."""
         batch, tokens, _ = patches.shape
         mask = token_mask(grid, tokens) if mask is None else mask
         positions = self.pos_embed[...].astype(jnp.float32)
@@ -282,4 +240,4 @@ class LearntViT(nnx.Module):
         x = self.patch_embed(patches, mask).astype(jnp.float32)
         x = x + interpolate_table(table, places, grid, antialias=self.config.antialias)
         valid = jnp.pad(mask, ((0, 0), (self.config.tokens_in_front, 0)), constant_values=True)
-        return constrain_tokens(jnp.concatenate([*parts, x], axis=1)), valid
+        return constrain_tokens(jnp.concatenate([*parts, x], axis=1)), None, valid

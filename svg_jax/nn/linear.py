@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -66,10 +67,12 @@ def conv(
     padding: int | None = None,
     use_bias: bool = True,
     kernel_init: Initializer = PYTORCH_CONV,
+    form: Callable[..., Array] | None = None,
 ) -> nnx.Conv:
     """A `size` x `size` convolution over [B, H, W, C]; kernel [size, size, in, out].
 
-    `padding` zeros are put around the image; by default as many as keep H and W.
+    `padding` zeros are put around the image; by default as many as keep H and W. `form` computes it, `convolution` by
+    default.
     """
     return nnx.Conv(
         in_features,
@@ -81,7 +84,7 @@ def conv(
         dtype=dtype,
         kernel_init=kernel_init,
         kernel_metadata=sharded(None, None, "embed", "mlp"),
-        conv_general_dilated=convolution,
+        conv_general_dilated=form or convolution,
         rngs=rngs,
     )
 
@@ -98,6 +101,38 @@ def convolution(
     if plain and min(kernel.shape[2:]) >= WIDE and current_platform() == "cpu":
         return _wide_conv(x, kernel)
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, **settings)
+
+
+def doubled_convolution(
+    x: Float[Array, "batch h w in"],
+    kernel: Float[Array, "3 3 in out"],
+    strides: tuple[int, int],
+    padding: Any,
+    **settings: Any,
+) -> Float[Array, "batch 2*h 2*w out"]:
+    """A 3 x 3 convolution of x with each pixel doubled to 2 x 2, in 4/9 of the multiplications.
+
+    The three taps of an even row of the result fall on two rows of x: K[0] on the one above, K[1] + K[2] on its own;
+    those of an odd row K[0] + K[1] on its own, K[2] on the one below. Columns likewise: four 2 x 2 convolutions of x,
+    one for each place in the 2 x 2. Strides and padding are those that keep the size.
+    """
+    batch, height, width, _ = x.shape
+    whole = kernel.astype(jnp.float32)
+    parts = []
+    for row in range(2):
+        for column in range(2):
+            taps = _halved(_halved(whole, 0, row), 1, column).astype(kernel.dtype)
+            around = ((1 - row, row), (1 - column, column))
+            parts.append(jax.lax.conv_general_dilated(x, taps, strides, around, **settings))
+    y = jnp.stack(parts).reshape(2, 2, batch, height, width, -1).transpose(2, 3, 0, 4, 1, 5)
+    return y.reshape(batch, 2 * height, 2 * width, -1)
+
+
+def _halved(kernel: Float[Array, "..."], axis: int, place: int) -> Float[Array, "..."]:
+    """Three taps on doubled pixels as two on the pixels, for the first or second of a pair."""
+    first, second, third = jnp.split(kernel, 3, axis)
+    taps = (first, second + third) if place == 0 else (first + second, third)
+    return jnp.concatenate(taps, axis)
 
 
 @jax.custom_vjp

@@ -47,3 +47,26 @@ def test_strides_and_padding(size: int, stride: int, padding: int) -> None:
     rows, cols = ((n + 2 * padding - size) // stride + 1 for n in x.shape[1:3])
     windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(1, 2))[:, ::stride, ::stride]
     assert_close(layer(x), np.einsum("brcixy,xyio->brco", windows[:, :rows, :cols], kernel), 1e-5)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (5, 8)])
+def test_a_convolution_of_doubled_pixels_is_one_after_doubling(size: tuple[int, int]) -> None:
+    """Values and both gradients, in and out channels apart."""
+    rng = np.random.default_rng(0)
+    x, kernel, dy = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in ((2, *size, 3), (3, 3, 3, 5), (2, 2 * size[0], 2 * size[1], 5))
+    )
+    settings = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+
+    def doubled_first(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        doubled = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+        return jax.lax.conv_general_dilated(doubled, kernel, (1, 1), "SAME", **settings)
+
+    def ours(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return linear.doubled_convolution(x, kernel, (1, 1), "SAME", **settings)
+
+    expected, expected_pull = jax.vjp(doubled_first, x, kernel)
+    found, pull = jax.vjp(ours, x, kernel)
+    for a, b in zip((found, *pull(dy)), (expected, *expected_pull(dy)), strict=True):
+        assert_close(a, b, 1e-6)
