@@ -1,7 +1,16 @@
-"""The host side of training: captioned image files in, fixed-shape numpy batches out.
+"""The host side of training: captioned images in, fixed-shape numpy batches out.
 
-`sources` reads records, `images` decodes and crops, `text` formats and tokenises captions, and `batches` joins them
-into whole global batches that depend on nothing but (seed, step); those of `grids` are images of one size, without
-captions. Only numpy, Pillow and Grain are needed, and transformers where a tokeniser folder is given; nothing here
-imports `svg_jax` or touches a device.
+    records                             what passes between the parts, and why a record cannot be used
+    sources                             opens any of: lists  mixture  folders  arrayrecords  tars  parquet  prepared
+    stores                              what the shards of a data set share
+    files, cache                        bytes, here or remote; indices and copies that are made once
+    images, sizes, captions, text       decode and crop; sizes of all images; choose a caption, tokenise it
+    order, batches, grids, packing      whole global batches that depend on nothing but (seed, step)
+    broken, loader                      records that are skipped; threads and processes that read ahead
+    pack, repack                        any source -> ArrayRecord shards (a command)
+    inspect, survey, figures, histogram, duplicates     any source -> a page that shows it (a command)
+    doors                               flags and errors of the two commands
+
+Nothing here imports `svg_jax` or touches a device. NumPy, Pillow and Grain are enough for local lists and folders;
+what else a source needs is imported when one is opened, and missing libraries are named with their extra.
 """
