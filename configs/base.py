@@ -50,7 +50,7 @@ def get_config() -> ConfigDict:
     )  # by default the kind of record says in training, and `base` in sampling
 
     config.data = ConfigDict()
-    config.data.path = placeholder(str)  # .jsonl or .json of {"path": ..., "prompt": ...}
+    config.data.path = placeholder(str)  # a list, mixture, folder or shards, see data_pipelines/sources.py
     config.data.root = placeholder(str)  # what relative image paths are relative to; the file's folder by default
     config.data.resolution = 256  # pixels a side of the square whose patches are the token budget
     config.data.max_ratio = 4.0  # (released) of the sides of a crop

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from data_pipelines import captions, images, mixture
 from data_pipelines.broken import read_all
+from data_pipelines.fingerprint import fingerprint
 from data_pipelines.order import DROPOUT_KEY, check_seed, random_word, share_of
 from data_pipelines.packing import pack_tokens
-from data_pipelines.records import Record
-from data_pipelines.sources import Source
+from data_pipelines.records import Record, Source
 from data_pipelines.text import Tokenizer, full_prompt
 
 
@@ -141,6 +141,11 @@ class TextToImageBatches:
     def records(self, step: int) -> list[int]:
         """Record index of every slot of a global batch, those of other processes too."""
         return [self.draw(step * self._batch_size + slot)[1] for slot in range(self._batch_size)]
+
+    @property
+    def fingerprint(self) -> list[str]:
+        """What the data are known by, see `fingerprint`."""
+        return fingerprint(self.source)
 
     def _read_image(self, record: Record) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
         return images.patchify(images.read_for(record, self._sizes), self._patch_size, self._budget)

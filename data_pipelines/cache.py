@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
+import re
 import shutil
-from collections.abc import Callable, Iterable
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from absl import logging
@@ -18,6 +22,7 @@ from data_pipelines import files
 from data_pipelines.records import BadRecord, Cause
 
 _BLOCK_BYTES = 1 << 23
+_ABANDONED_SECONDS = 24 * 3600
 _HEADER_BYTES = 64  # SHA-256 in hexadecimal digits, of what the index was built from
 
 
@@ -28,7 +33,7 @@ def cache_folder() -> Path:
     return folder
 
 
-def fetch(address: str, policy: files.Remote | None = None) -> Path:
+def fetch(address: str) -> Path:
     """A local copy of a remote file in the cache folder, made once for each version of it; of a local path, itself.
 
     Read in blocks, each with time-out and retries, so that a list may be larger than memory; a server that gives no
@@ -42,15 +47,16 @@ def fetch(address: str, policy: files.Remote | None = None) -> Path:
     if not files.is_remote(address):
         return Path(address.removeprefix("file://"))
     try:
-        version = _digest(f"{address}\n{files.signature(address, policy)}")[:16]
+        version = _digest(f"{address}\n{files.signature(address)}")[:16]
         copy = cache_folder() / f"{version}-{Path(address.partition('?')[0]).name}"
         if not copy.exists():
             try:
-                with files.open_file(address, policy) as source:
-                    _write_atomically(copy, lambda file: shutil.copyfileobj(source, file, _BLOCK_BYTES))
+                with files.open_file(address) as source, writing(copy) as partial, partial.open("xb") as file:
+                    shutil.copyfileobj(source, file, _BLOCK_BYTES)
             except files.WholeOnly:
-                content = files.read_bytes(address, limit=1 << 32, policy=policy)
-                _write_atomically(copy, lambda file: file.write(content))
+                content = files.read_bytes(address, limit=1 << 32)
+                with writing(copy) as partial:
+                    partial.write_bytes(content)
         return copy
     except BadRecord as error:
         if error.cause is Cause.MISSING:
@@ -66,12 +72,12 @@ def open_index(
 ) -> NDArray[np.int64]:
     """A list of numbers about a file, built once, kept in a file and mapped into memory.
 
-    It is kept as `.NAME.KIND` beside a local file, else (a remote file, or a folder that cannot be written) in the
-    cache folder; where that cannot be written either, it is built in memory, with a warning. Built anew when the
-    version differs from the one that it was built from.
+    It is kept as `.NAME.KIND` beside a local file, or as `.svg_jax.KIND` in a local folder; else (an address, or a
+    place that cannot be written) in the cache folder; where that cannot be written either, it is built in memory, with
+    a warning. Built anew when the version differs from the one that it was built from.
 
     Args:
-      source: the file, or a name for several where a version is given.
+      source: the file; or a folder, a pattern or an address (`tfds:` too), where a version is given.
       kind: what the numbers are; part of the file's name.
       build: yields the numbers in blocks; what it raises passes through.
       version: changes with the content; the file's size and time if None.
@@ -82,26 +88,70 @@ def open_index(
     Raises:
       BadRecord: no version is given and there is no such file.
     """
-    name = os.fspath(source)
+    name = os.fspath(source).removeprefix("file://")
     mark = _digest(f"{kind} 1\n{version or files.signature(name)}").encode()
-    places: list[Callable[[], Path]] = [
-        lambda: cache_folder() / f"{_digest(name if files.is_remote(name) else os.path.abspath(name))[:16]}.{kind}"
-    ]
-    if not files.is_remote(name):
-        local = Path(name.removeprefix("file://"))
-        places.insert(0, lambda: local.with_name(f".{local.name}.{kind}"))
+    is_address = re.match(r"[a-z][a-z0-9+.-]*:", name)
+    local = Path(os.path.abspath(name))
+    beside = local / f".svg_jax.{kind}" if local.is_dir() else local.parent / f".{local.name}.{kind}"
+    in_cache = f"{_digest(name if is_address else str(local))[:16]}.{kind}"
+    places: list[Callable[[], Path]] = [lambda: cache_folder() / in_cache]
+    if not is_address:
+        places.insert(0, lambda: beside)
     for place in places:
         if (index := _map(place, mark)) is not None:
             return index
     for place in places:
         try:
-            _write_atomically(path := place(), lambda file: _write_index(file, mark, build()))
+            with writing(path := place()) as partial, partial.open("xb") as file:
+                _write_index(file, mark, build())
         except OSError as error:
             logging.warning("the index of %s cannot be kept there (%s)", name, error)
             continue
         if (index := _map(lambda: path, mark)) is not None:
             return index
     return np.concatenate([np.zeros(0, np.int64), *build()])
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Another name to write a local file under; at the end it becomes `path`, so that no reader ever finds half of it.
+
+    The name says who writes, NAME.HOST.PID-RANDOM.partial, so that `remove_abandoned` knows what a kill left behind.
+    """
+    writer = f"{socket.gethostname()}.{os.getpid()}-{random.getrandbits(32):08x}"
+    partial = path.with_name(f"{path.name}.{writer}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        with contextlib.suppress(OSError):  # of a file system that is read only, which was said
+            partial.unlink(missing_ok=True)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Removes what `writing` left in a local folder because its process was killed.
+
+    What another living process of this host writes stays, and so does what came from other hosts within a day. This
+    process itself must not be writing there.
+    """
+    of_this_host = re.compile(rf"\.{re.escape(socket.gethostname())}\.(\d+)-[0-9a-f]{{8}}\.partial")
+    for partial in folder.glob("*.partial"):
+        with contextlib.suppress(FileNotFoundError):  # it was just finished
+            age = time.time() - partial.stat().st_mtime
+            writer = of_this_host.search(partial.name)
+            if age > _ABANDONED_SECONDS or (writer and not _is_another(int(writer[1]))):
+                partial.unlink()
+
+
+def _is_another(process: int) -> bool:
+    """Whether this is the number of a living process, other than this one."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is somebody else's
+        pass
+    return process != os.getpid()
 
 
 def _write_index(file: BinaryIO, mark: bytes, blocks: Iterable[NDArray[np.int64]]) -> None:
@@ -126,14 +176,3 @@ def _map(place: Callable[[], Path], mark: bytes) -> NDArray[np.int64] | None:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def _write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Writes a file under another name first, so that no reader ever finds half of it."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}-{random.getrandbits(32):08x}.partial")
-    try:
-        with partial.open("xb") as file:
-            write(file)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -6,9 +6,21 @@ import itertools
 from typing import Any
 
 from data_pipelines.order import CAPTION_KEY, random_word
-from data_pipelines.records import BadRecord, Caption, Cause, Record
+from data_pipelines.records import BadRecord, Caption, Cause, Record, Source
+
+# Where an object or a row may keep its captions, and the system prompt that goes before; the first that is there
+# counts.
+CAPTION_KEYS = (
+    ("super_high_quality_caption", "align"),
+    ("caption", "base"),
+    ("captions", "base"),
+    ("prompt", "base"),
+    ("text", "base"),
+    ("TEXT", "base"),
+)
 
 _MAX_WEIGHT = 1e6
+_PEEKED = 16  # records that tell whether a source has captions
 
 
 def parse_captions(value: Any, system_prompt: str, where: str) -> tuple[Caption, ...]:
@@ -30,6 +42,43 @@ def parse_captions(value: Any, system_prompt: str, where: str) -> tuple[Caption,
     if captions and not drawn:
         raise BadRecord(Cause.VALUE, f"{where} holds captions of weight 0 alone; expected one weight above 0")
     return drawn
+
+
+def captions_under(value: dict[str, Any], where: str) -> tuple[Caption, ...]:
+    """The captions of an object or a row, under the first of `CAPTION_KEYS` that it has.
+
+    Raises:
+      BadRecord: something else than captions stands there.
+    """
+    for key, system_prompt in CAPTION_KEYS:
+        if key in value:
+            return parse_captions(value[key], system_prompt, f"{where} '{key}'")
+    return ()
+
+
+def any_captions(source: Source) -> bool:
+    """Whether any of the first records of a source has a caption; True also if none of them can be read."""
+    read = 0
+    for index in range(min(_PEEKED, len(source))):
+        try:
+            if source[index].captions:
+                return True
+            read += 1
+        except BadRecord:
+            continue
+    return read == 0
+
+
+def read_usable(source: Source, index: int) -> Record:
+    """A record that can be trained on, as far as it says itself: its image may still be broken.
+
+    Raises:
+      BadRecord: it cannot be read, or has no caption and others of its source have.
+    """
+    record = source[index]
+    if source.has_captions:
+        choose(record, seed=0, epoch=0)
+    return record
 
 
 def choose(record: Record, seed: int, epoch: int) -> Caption:

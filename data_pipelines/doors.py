@@ -29,13 +29,14 @@ def add_source_flags(flags: argparse.ArgumentParser) -> None:
 
 def add_crop_flags(flags: argparse.ArgumentParser) -> None:
     """--patch-size and --max-ratio, as in the configs."""
-    flags.add_argument("--patch-size", type=int, default=16, help="side of a patch in pixels (default: %(default)s)")
+    flags.add_argument(
+        "--patch-size", type=positive, default=16, help="side of a patch in pixels (default: %(default)s)"
+    )
     flags.add_argument("--max-ratio", type=float, default=4.0, help="longest crop (default: %(default)g)")
 
 
-def positive(text: str) -> int:
-    """A flag's whole number above zero."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not above zero")
-    return number
+def positive(text: str, most: int = 10**9) -> int:
+    """A flag's whole number from 1 to `most`."""
+    if not text.isdecimal() or len(text) > 18 or not 1 <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"'{text:.20}' is no whole number from 1 to {most}")
+    return int(text)

@@ -131,13 +131,13 @@ def cause_table(broken: Sequence[Broken], examples: int) -> list[CauseRow]:
 
 def speed(found: Survey) -> list[tuple[str, str]]:
     """How fast records were read here: (what, how much)."""
-    count = len(found.seen)
+    count, spent = len(found.seen), found.spent
     if not count:
         return []
     return [
-        (f"images/s here, in {found.num_threads} threads", f"{count / found.seconds:.1f}"),
-        ("images/s that one core decodes and crops", f"{count / max(found.cpu_seconds, 1e-9):.1f}"),
-        ("milliseconds that a thread waits for an image's bytes", f"{1000 * found.read_seconds / count:.1f}"),
+        (f"images/s here, in {found.num_threads} threads", f"{found.num_threads * count / spent.total:.1f}"),
+        ("images/s that one core decodes and crops", f"{count / max(spent.computing, 1e-9):.1f}"),
+        ("milliseconds that a thread waits for an image's bytes", f"{1000 * spent.waiting / count:.1f}"),
     ]
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import glob
 import io
+import math
 import os
 import random
 import re
@@ -21,11 +22,14 @@ from typing import Any, BinaryIO, TypeVar
 
 from absl import logging
 
-from data_pipelines.records import BadRecord, Cause
+from data_pipelines.records import BadRecord, Cause, first_line
 
 MAX_BYTES = 1 << 28  # 256 MiB: the largest image, member or part that is read at once
 
+MAX_FILES = 1_000_000  # that the numbers in a pattern name
+
 _BLOCK_BYTES = 1 << 23
+_COUNTED = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
 _SECONDS_BETWEEN_WARNINGS = 10
 # What stores call the version of a file.
 _MARKS = ("ETag", "etag", "md5Hash", "generation", "Last-Modified", "LastModified", "updated", "mtime", "created")
@@ -49,15 +53,15 @@ class Remote:
     backoff: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (self.timeout > 0 and self.retries >= 0 and self.backoff >= 0):
-            raise ValueError(f"{self} is no way to read: expected timeout > 0, retries >= 0 and backoff >= 0")
+        if not (self.timeout > 0 and 0 <= self.retries <= 20 and self.backoff >= 0):
+            raise ValueError(f"{self} is no way to read: expected timeout > 0, retries of 0 to 20 and backoff >= 0")
 
 
 _default = Remote()
 
 
 def set_default(policy: Remote) -> None:
-    """How this process reads remote files from now on, where a read does not say otherwise."""
+    """How this process reads remote files from now on."""
     global _default
     _default = policy
 
@@ -79,7 +83,6 @@ def read_bytes(
     start: int = 0,
     end: int | None = None,
     limit: int = MAX_BYTES,
-    policy: Remote | None = None,
 ) -> bytes:
     """The content of a regular file, or a part of it.
 
@@ -88,7 +91,6 @@ def read_bytes(
       start: first byte.
       end: one past the last byte; None: to the end of the file.
       limit: the most bytes to take.
-      policy: time-out and retries of remote reads; as `set_default` says if None.
 
     Raises:
       BadRecord: the file cannot be read, is empty, has more bytes than the limit, or ends before `end`. The message
@@ -99,7 +101,7 @@ def read_bytes(
     if end is not None and end - start > limit:
         raise BadRecord(Cause.TOO_LARGE, f"{name} holds a part of {end - start} bytes; the limit is {limit}")
     if is_remote(name):
-        data = _ask(name, policy, _part, start, end, limit)
+        data = _ask(name, _part, start, end, limit)
     else:
         with open_file(name) as file, _local_errors(name):
             if end is None and (size := os.fstat(file.fileno()).st_size) - start > limit:
@@ -115,7 +117,7 @@ def read_bytes(
     return data
 
 
-def open_file(path: str | os.PathLike[str], policy: Remote | None = None) -> BinaryIO:
+def open_file(path: str | os.PathLike[str]) -> BinaryIO:
     """A regular file to be scanned, seekable; of a remote one, 8 MiB are read at once, with time-out and retries.
 
     Raises:
@@ -124,7 +126,7 @@ def open_file(path: str | os.PathLike[str], policy: Remote | None = None) -> Bin
     """
     name = os.fspath(path)
     if is_remote(name):
-        return io.BufferedReader(_RemoteFile(name, policy), _BLOCK_BYTES)
+        return io.BufferedReader(_RemoteFile(name), _BLOCK_BYTES)
     with _local_errors(name):
         local = name.removeprefix("file://")
         # Asked first, because opening a device can do things; then opened so that a pipe, put there since, cannot wait.
@@ -134,8 +136,8 @@ def open_file(path: str | os.PathLike[str], policy: Remote | None = None) -> Bin
         return open(os.open(local, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
 
 
-def signature(path: str | os.PathLike[str], policy: Remote | None = None) -> str:
-    """Changes when the file is written anew: its size, with its time or tag.
+def signature(path: str | os.PathLike[str]) -> str:
+    """Changes when the file is written anew: its bytes (0 if nobody says), a space, and its time or tag.
 
     Raises:
       BadRecord: there is no such file, or its store does not answer.
@@ -143,30 +145,34 @@ def signature(path: str | os.PathLike[str], policy: Remote | None = None) -> str
     """
     name = os.fspath(path)
     if is_remote(name):
-        info = _ask(name, policy, _info)
-        return " ".join([str(info["size"]), *(f"{mark}={info[mark]}" for mark in _MARKS if info.get(mark))])
+        info = _ask(name, _info)
+        return " ".join([str(info["size"] or 0), *(f"{mark}={info[mark]}" for mark in _MARKS if info.get(mark))])
     with _local_errors(name):
         status = os.stat(name.removeprefix("file://"))
         return f"{status.st_size} {status.st_mtime_ns}"
 
 
-def expand(pattern: str, policy: Remote | None = None) -> list[str]:
+def expand(pattern: str) -> list[str]:
     """The files that a pattern names: `{000..099}` counts, and `*`, `?`, `[…]` match what there is, sorted.
 
     Raises:
       BadRecord: a store does not answer.
+      ValueError: it counts more than MAX_FILES.
       ImportError: an address that needs a library which is not installed.
     """
-    if numbers := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
+    count = math.prod(max(int(last) - int(first) + 1, 0) for first, last in _COUNTED.findall(pattern))
+    if count > MAX_FILES:
+        raise ValueError(f"the pattern {pattern} counts {count} files; expected at most {MAX_FILES}")
+    if numbers := _COUNTED.search(pattern):
         first, last = numbers.groups()
         names = (f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1))
         parts = (f"{pattern[: numbers.start()]}{name}{pattern[numbers.end() :]}" for name in names)
-        return [file for part in parts for file in expand(part, policy)]
+        return [file for part in parts for file in expand(part)]
     if not any(character in pattern for character in "*?["):
         return [pattern]
     if not is_remote(pattern):
         return sorted(glob.glob(pattern.removeprefix("file://")))
-    found: list[str] = _ask(pattern, policy, lambda fs, path: fs._glob(path))
+    found: list[str] = _ask(pattern, lambda fs, path: fs._glob(path))
     protocol = pattern.partition("://")[0]
     return sorted(name if "://" in name else f"{protocol}://{name.lstrip('/')}" for name in found)
 
@@ -204,10 +210,10 @@ class WholeOnly(BadRecord):
 
 
 class _RemoteFile(io.RawIOBase):
-    def __init__(self, address: str, policy: Remote | None) -> None:
+    def __init__(self, address: str) -> None:
         super().__init__()
-        self._address, self._policy, self._place = address, policy, 0
-        size = _ask(address, policy, _info)["size"]
+        self._address, self._place = address, 0
+        size = _ask(address, _info)["size"]
         if size is None:
             raise WholeOnly(Cause.REMOTE, f"{address} comes from a server that does not say its size; copy it first")
         self._size = int(size)
@@ -230,15 +236,15 @@ class _RemoteFile(io.RawIOBase):
         end = min(self._place + len(buffer), self._size)
         if end <= self._place:
             return 0
-        data = read_bytes(self._address, start=self._place, end=end, limit=end - self._place, policy=self._policy)
+        data = read_bytes(self._address, start=self._place, end=end, limit=end - self._place)
         buffer[: len(data)] = data
         self._place = end
         return len(data)
 
 
-def _ask(address: str, policy: Remote | None, question: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> T:
-    """What `question(fs, path, *args)` answers, tried as often as the policy says."""
-    policy = policy or _default
+def _ask(address: str, question: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> T:
+    """What `question(fs, path, *args)` answers, tried as often as `set_default` said."""
+    policy = _default
     for attempt in range(policy.retries + 1):
         try:
             fs, path = _file_system(address)
@@ -251,14 +257,18 @@ def _ask(address: str, policy: Remote | None, question: Callable[..., Coroutine[
             raise
         except Exception as error:  # each store has its own
             cause, passing = _judge(error)
-            reason = f"{type(error).__name__}: {error}".strip(": \n").split("\n")[0][:200]
+            kind, reason = type(error).__name__, first_line(error)
+            if kind == "FSTimeoutError":
+                reason = f"no answer in {policy.timeout:g} s"
+            elif reason != kind:
+                reason = f"{kind}: {reason}"
             if cause is Cause.MISSING:
                 raise BadRecord(cause, f"{address} does not exist") from error
             if not passing:
                 raise BadRecord(cause, f"{address} cannot be read ({reason})") from error
             if attempt == policy.retries:
-                tries = f"{attempt + 1} attempts of {policy.timeout:g} s"
-                raise BadRecord(cause, f"{address} cannot be read after {tries} ({reason})") from error
+                tries = f"{attempt + 1} attempts" if attempt else "one attempt"
+                raise BadRecord(cause, f"{address} cannot be read after {tries}, the last one: {reason}") from error
             logging.log_every_n_seconds(
                 logging.WARNING, "%s: attempt %d failed (%s); trying again", _SECONDS_BETWEEN_WARNINGS,
                 address, attempt + 1, reason,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data_pipelines.records import Record
@@ -30,7 +30,7 @@ class ImageFolder:
 
     def __init__(self, folder: Path) -> None:
         self.name, self._folder = str(folder), folder
-        self._files = sorted(_images_below(folder))
+        self._files = sorted(images_below(folder, _stop))
         if not self._files:
             raise ValueError(f"folder {folder} holds no images, at any depth; expected {', '.join(sorted(EXTENSIONS))}")
 
@@ -50,19 +50,11 @@ class ImageFolder:
             digest.update(os.fsencode(file) + b"\0")
         return digest.hexdigest()
 
-    def beside(self, name: str) -> Path:
-        """Where a file about this folder is kept."""
-        return self._folder / f".svg_jax.{name}"
 
-
-def _images_below(folder: Path) -> Iterator[str]:
-    """Paths relative to the folder."""
-
-    def stop(error: OSError) -> None:
-        raise error
-
+def images_below(folder: Path, on_error: Callable[[OSError], None] | None = None) -> Iterator[str]:
+    """Paths relative to the folder; folders that cannot be listed are left out, or are for `on_error`."""
     seen = set()
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=stop):
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=on_error):
         status = os.stat(parent)
         if (status.st_dev, status.st_ino) in seen:  # a link to a folder that was listed, perhaps to one around it
             folders.clear()
@@ -73,3 +65,7 @@ def _images_below(folder: Path) -> Iterator[str]:
         for file in files:
             if not file.startswith(".") and os.path.splitext(file)[1].lower() in EXTENSIONS:
                 yield os.path.normpath(os.path.join(inside, file))
+
+
+def _stop(error: OSError) -> None:
+    raise error

@@ -18,19 +18,22 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines import images, mixture
+from data_pipelines import cache, images, mixture
 from data_pipelines.broken import read_all
+from data_pipelines.fingerprint import fingerprint
 from data_pipelines.images import Size
 from data_pipelines.order import CROP_KEY, STEPS_KEY, check_seed, random_word, share_of, shuffled_index
+from data_pipelines.records import Source
 from data_pipelines.sizes import image_sizes
-from data_pipelines.sources import Source
+
+_BLOCK = 1 << 16  # images whose grids are found at a time: what is reckoned with stays in a processor's cache
 
 
 class GridBatch(TypedDict):
@@ -108,6 +111,8 @@ class GridBatches:
         self.source = source
         self.grids = [Grid((resolution, resolution), range(len(source)))]
         self.num_without_size = 0
+        self._crop_sizes: list[Size] = []
+        self._sizes_file: str | None = None  # of which the grids are mapped
         if max_ratio != 1:
             if isinstance(source, mixture.Mixture) and source.shares is not None:
                 raise ValueError(
@@ -116,23 +121,35 @@ class GridBatches:
                 )
             sizes = image_sizes(source)
             self.num_without_size = int((sizes[:, 0] == 0).sum())
-            self.grids = by_grid(sizes, images.crop_sizes(resolution, patch_size, max_ratio))
+            self._crop_sizes = images.crop_sizes(resolution, patch_size, max_ratio)
+            if isinstance(sizes, np.memmap):
+                self._sizes_file = str(sizes.filename)
+                self.grids = mapped_by_grid(self._sizes_file, lambda: sizes, self._crop_sizes)
+            else:
+                self.grids = by_grid(sizes, self._crop_sizes)
         if self.num_without_size > max_bad_fraction * len(source) or not self.grids:
             raise ValueError(
                 f"{self.num_without_size} of {len(source)} images of {source.name} cannot be opened, above "
                 f"max_bad_fraction={max_bad_fraction:g}; the warnings above name some of them with the cause: mend the "
-                f"data and remove {source.beside('sizes.npz')}, or raise the limit"
+                f"data{f' and remove {self._sizes_file}' if self._sizes_file else ''}, or raise the limit"
             )
         self._counts = [len(grid.records) for grid in self.grids]
         self._batch_size, self._seed, self._shuffle, self._random_crop = batch_size, seed, shuffle, random_crop
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "grids": None} if self._sizes_file else self.__dict__  # mapped anew, not copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._sizes_file:
+            self.grids = mapped_by_grid(self._sizes_file, lambda: image_sizes(self.source), self._crop_sizes)
 
     def __getitem__(self, step: int) -> GridBatch:
         return self.read(step)
 
     def read(self, step: int, threads: Executor | None = None) -> GridBatch:
         """The batch of a step >= 0, its records read in `threads`, or in the caller's thread."""
-        (width, height), draws = self.draws(step)
-        mine = [draws[slot] for slot in self._slots]
+        (width, height), mine = self.draws(step, self._slots)
         record_ids = [draw.record for draw in mine]
         pixels = np.zeros((len(mine), height, width, 3), np.uint8)
 
@@ -143,12 +160,13 @@ class GridBatches:
         _, cause = read_all(fill, record_ids, threads)
         return GridBatch(images=pixels, valid=cause == 0, cause=cause, record=np.array(record_ids, np.int64))
 
-    def draws(self, step: int) -> tuple[Size, list[Draw]]:
-        """The size of a global batch, and what its slots hold, those of other processes too."""
+    def draws(self, step: int, slots: range | None = None) -> tuple[Size, list[Draw]]:
+        """The size of a global batch, and what some of its slots hold; by default all, those of other processes too."""
         grid, batch = self._batch_of(step)
         size, records = self.grids[grid]
         draws = []
-        for k in range(batch * self._batch_size, (batch + 1) * self._batch_size):
+        for slot in range(self._batch_size) if slots is None else slots:
+            k = batch * self._batch_size + slot
             if isinstance(records, range):  # all there are
                 draws.append(Draw(*mixture.draw(self.source, k, self._seed, self._shuffle)))
                 continue
@@ -162,13 +180,14 @@ class GridBatches:
         return [draw.record for draw in self.draws(step)[1]]
 
     @property
-    def fingerprint(self) -> str:
-        """The same on processes that see the same records in the same grids; compare it before the first step."""
-        digest = hashlib.sha256(f"{len(self.source)} records".encode())
+    def fingerprint(self) -> list[str]:
+        """What the data are known by, see `fingerprint`, and which records are in which grid."""
+        digest = hashlib.sha256()
         for size, records in self.grids:
-            found = b"" if isinstance(records, range) else np.asarray(records, np.int64).tobytes()
-            digest.update(repr(size).encode() + found)
-        return digest.hexdigest()[:16]
+            digest.update(repr(size).encode())
+            if not isinstance(records, range):
+                digest.update(np.ascontiguousarray(records, np.int64).data)
+        return [*fingerprint(self.source), f"{len(self.grids)} grids {digest.hexdigest()[:12]}"]
 
     def _batch_of(self, step: int) -> tuple[int, int]:
         """(grid, place in the stream of that grid's batches) of a global batch."""
@@ -199,9 +218,40 @@ class GridBatches:
 
 def by_grid(sizes: NDArray[np.int32], crop_sizes: Sequence[Size]) -> list[Grid]:
     """The crop sizes that are nearest to some image, each with the records of those; records of size (0, 0) in none."""
-    known = np.flatnonzero(sizes[:, 0] > 0)
-    distinct, kinds = np.unique(sizes[known], axis=0, return_inverse=True)
-    places = {size: i for i, size in enumerate(crop_sizes)}
-    nearest = [places[images.nearest_size((int(w), int(h)), crop_sizes)] for w, h in distinct]
-    grid_of = np.array(nearest, np.int64)[kinds.reshape(-1)]
-    return [Grid(size, known[grid_of == i]) for i, size in enumerate(crop_sizes) if (grid_of == i).any()]
+    return _grids(np.concatenate(list(_grid_index(sizes, crop_sizes))), crop_sizes)
+
+
+def mapped_by_grid(file: str, sizes: Callable[[], NDArray[np.int32]], crop_sizes: Sequence[Size]) -> list[Grid]:
+    """`by_grid` of the sizes that a file keeps, from an index that is built once and mapped by all processes."""
+    kind = f"grids-{hashlib.sha256(repr(crop_sizes).encode()).hexdigest()[:8]}"
+    return _grids(np.asarray(cache.open_index(file, kind, lambda: _grid_index(sizes(), crop_sizes))), crop_sizes)
+
+
+def _grids(index: NDArray[np.int64], crop_sizes: Sequence[Size]) -> list[Grid]:
+    counts, records = np.split(index, [len(crop_sizes)])
+    parts = np.split(records, np.cumsum(counts)[:-1])
+    return [Grid(size, part) for size, part in zip(crop_sizes, parts, strict=True) if len(part)]
+
+
+def _grid_index(sizes: NDArray[np.int32], crop_sizes: Sequence[Size]) -> Iterator[NDArray[np.int64]]:
+    """How many images are nearest to each crop size, then their records, in the order of the crop sizes."""
+    grid_of = np.full(len(sizes), -1, np.int16)
+    for start in range(0, len(sizes), _BLOCK):
+        block = sizes[start : start + _BLOCK]
+        known = np.flatnonzero(block[:, 0])
+        grid_of[start + known] = nearest_sizes(block[known], crop_sizes)
+    yield np.bincount(grid_of + 1, minlength=len(crop_sizes) + 1)[1:]
+    for place in range(len(crop_sizes)):
+        yield np.flatnonzero(grid_of == place)
+
+
+def nearest_sizes(sizes: NDArray[np.int32], crop_sizes: Sequence[Size]) -> NDArray[np.int16]:
+    """`images.nearest_size` of many images at once: place in `crop_sizes`, [images], of sizes int [images, 2]."""
+    width, height = np.ascontiguousarray(sizes.T, np.float64)
+    nearest, best = np.zeros(len(sizes), np.int16), np.full(len(sizes), -1.0)
+    for place in sorted(range(len(crop_sizes)), key=lambda place: crop_sizes[place], reverse=True):  # larger wins ties
+        across, down = crop_sizes[place][0] / width, crop_sizes[place][1] / height
+        kept = np.minimum(across, down) / np.maximum(across, down)
+        nearest[kept > best] = place
+        np.maximum(best, kept, out=best)
+    return nearest

@@ -8,6 +8,7 @@ Sizes are (width, height) as in Pillow; grids are (rows, columns) as in arrays.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import math
 import os
@@ -26,6 +27,8 @@ Size = tuple[int, int]
 # The largest image that is decoded, half a gigabyte in Pillow: a few hundred bytes can claim to be more. Pillow itself
 # warns from 2^30 / 12 pixels on and refuses twice that.
 MAX_PIXELS = 1 << 27
+
+MAX_RESOLUTION = 1 << 13  # side of a square crop: half of MAX_PIXELS, and a list of crop sizes that is soon made
 
 # Nothing else is tried, whatever Pillow knows: its EPS reader, for one, would run Ghostscript on a stranger's program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
@@ -95,12 +98,10 @@ def read(record: Record) -> Image.Image:
         return decode(_file(record), record.path)
 
 
-def read_for(
-    record: Record, sizes: Sequence[Size], words: tuple[int, int] | None = None, *, exact: bool = False
-) -> Image.Image:
+def read_for(record: Record, sizes: Sequence[Size], words: tuple[int, int] | None = None) -> Image.Image:
     """The image of a record at its nearest size: `nearest_size` and `crop` of what `read` gives.
 
-    It is that to the byte with `exact`, or where the crop does not halve the image. Where it does, two short cuts are
+    It is that to the byte where the crop does not halve the image. Where it does, two short cuts are
     taken, each only for a side that is even at that point, so that no pixel moves:
 
     * a JPEG file is decoded at a half, a quarter or an eighth of its size (the decoder leaves high frequencies out);
@@ -113,15 +114,26 @@ def read_for(
       record: what to read.
       sizes: to choose from.
       words: as in `crop`.
-      exact: take no short cut.
 
     Raises:
       BadRecord: it cannot be read; the message begins with where the record stands.
     """
     with _about(f"{record.where}:"), _opened(_file(record), record.path) as image:
-        size = None if exact else _draft(image, sizes)
+        size = _draft(image, sizes)
         rgb = _upright_rgb(image)
-    return crop(rgb, size or nearest_size(rgb.size, sizes), words, exact=exact)
+    return crop(rgb, size or nearest_size(rgb.size, sizes), words, exact=False)
+
+
+def with_content(record: Record) -> Record:
+    """The record with the content of its image file, for those who use it more than once.
+
+    Raises:
+      BadRecord: it cannot be read; the message begins with where the record stands.
+    """
+    if record.image is not None:
+        return record
+    with _about(f"{record.where}:"):
+        return dataclasses.replace(record, image=_content(record.path).read())
 
 
 def read_size(record: Record) -> Size:
@@ -267,8 +279,12 @@ def token_budget(resolution: int, patch_size: int) -> int:
     """Number of patches of the square image, (resolution / patch_size)^2: the most that any crop size has.
 
     Raises:
-      ValueError: the resolution is not a positive multiple of the patch size.
+      ValueError: the resolution is not a positive multiple of the patch size, or above MAX_RESOLUTION.
     """
+    if patch_size < 1:
+        raise ValueError(f"patch_size={patch_size} is not above zero; it is the side of a patch in pixels")
+    if resolution > MAX_RESOLUTION:
+        raise ValueError(f"resolution={resolution} is above {MAX_RESOLUTION}; it is the side of a square in pixels")
     if resolution <= 0 or resolution % patch_size:
         below = max(resolution // patch_size, 1) * patch_size
         raise ValueError(

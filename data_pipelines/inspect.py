@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from data_pipelines import images
+from data_pipelines.arrayrecords import printable
 from data_pipelines.doors import add_crop_flags, add_source_flags, one_sentence, positive
 from data_pipelines.duplicates import equal_groups, near_groups
 from data_pipelines.figures import caption_table, cause_table, crop_table, figures, speed
 from data_pipelines.images import Size
-from data_pipelines.records import BadRecord
-from data_pipelines.sources import Source, open_source
+from data_pipelines.records import BadRecord, Source
+from data_pipelines.sources import open_source
 from data_pipelines.survey import Seen, Survey, cropped, sample, survey
 from data_pipelines.text import load_tokenizer
 
@@ -53,6 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
         out = Path(options.out)
         if not out.parent.is_dir():
             raise FileNotFoundError(f"--out {out} lies in a folder that does not exist: make it, or choose another")
+        if out.is_dir():
+            raise IsADirectoryError(f"--out {out} is a folder: name a file, such as {out / 'inspect.html'}")
         tokenizer = load_tokenizer(options.tokenizer)
         source = open_source(options.source, options.root)
         found = survey(source, sizes, tokenizer, options.limit)
@@ -61,6 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
     causes = collections.Counter(broken.cause for broken in found.broken)
     listed = "".join(f", {count} {cause}" for cause, count in causes.most_common())
     print(f"{len(found.seen) + len(found.broken):,} of {len(source):,} records: {len(found.seen):,} usable{listed}")
+    if not found.seen:
+        print(f"none of them can be used: {printable(found.broken[0].message)}")
     print(out)
 
 
@@ -70,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     add_source_flags(flags)
     add = flags.add_argument
     add("--out", default="inspect.html", help="the page (default: %(default)s)")
-    add("--resolution", type=int, default=256, help="side in pixels of the square crop (default: %(default)s)")
+    add("--resolution", type=positive, default=256, help="side in pixels of the square crop (default: %(default)s)")
     add_crop_flags(flags)
     add("--tokenizer", metavar="FOLDER", help="counts the tokens of captions; by default bytes are counted")
     add("--samples", type=positive, default=36, help="pictures on the contact sheet (default: %(default)s)")

@@ -24,9 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines import cache, files
-from data_pipelines.captions import parse_captions
-from data_pipelines.records import BadRecord, Caption, Cause, Record
-from data_pipelines.stores import any_captions, size_under
+from data_pipelines.captions import any_captions, parse_captions
+from data_pipelines.records import BadRecord, Caption, Cause, Record, size_under
 
 _DETAILED, _PLAIN = "super_high_quality_caption", "prompt"
 _EXAMPLE = '{"path": "a.jpg", "prompt": "a red square"}'
@@ -54,10 +53,6 @@ class _List:
         status = self._file.stat()
         root = self._root if files.is_remote(self._root) else os.path.abspath(self._root)
         return f"{status.st_size} {status.st_mtime_ns} {root}"
-
-    def beside(self, name: str) -> Path:
-        """Where a file about this list is kept."""
-        return self._file.with_name(f"{self._file.name}.{name}")
 
 
 class JsonLines(_List):
@@ -180,6 +175,7 @@ def parse_record(value: Any, index: int, where: str, root: str) -> Record:
 
 def join(root: str, path: str) -> str:
     """A path as it stands below a folder or an address; an absolute path or an address stays as it is."""
+    path = path.removeprefix("file://")
     if files.is_remote(path) or path.startswith("/"):
         return path
     return f"{root.rstrip('/')}/{path}" if files.is_remote(root) else os.path.join(root, path)

@@ -3,9 +3,10 @@
 A batch is a function of its step alone, so that it does not matter who reads it: worker i of n reads the steps
 start + i, start + i + n, ..., and they are taken in turn. The order is that of the steps for any number of workers.
 
-A worker is an interpreter of its own, which imports this package and nothing of the training program, so that it never
-touches a device. It is joined to this process by one socket, and ends when that is closed: however this process dies,
-no worker stays behind. Signals for the job (Ctrl-C, a notice of preemption) are left to this process.
+A worker is an interpreter of its own, which imports this package and nothing of the training program. (JAX comes with
+Grain, but nobody asks it for a device.) It is joined to this process by one socket, and ends when that is closed:
+however this process dies, no worker stays behind. Signals for the job (Ctrl-C, a notice of preemption) are left to this
+process.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ Batch = TypeVar("Batch")
 Batch_co = TypeVar("Batch_co", covariant=True)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+MOST_THREADS, MOST_WORKERS, MOST_PREFETCHED = 1024, 1024, 4096  # more is a slip of the keys
 
 
 class Batches(Protocol[Batch_co]):
@@ -76,8 +79,18 @@ def make_loader(
       num_workers: processes that read; 0 reads in this one.
 
     Raises:
+      ValueError: one of the numbers is below zero or beyond all sense.
       WorkerDied: as the next batch is asked for; the message has the worker's traceback, where it has one.
     """
+    limits = {
+        "start_step": (start_step, sys.maxsize),
+        "num_threads": (num_threads, MOST_THREADS),
+        "prefetch": (prefetch, MOST_PREFETCHED),
+        "num_workers": (num_workers, MOST_WORKERS),
+    }
+    for name, (value, most) in limits.items():
+        if not 0 <= value <= most:
+            raise ValueError(f"{name}={value} is not in 0 to {most}")
     if num_workers:
         share = -(-prefetch // num_workers)
         readings = [

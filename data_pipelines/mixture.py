@@ -15,6 +15,7 @@ order each time all its records have been drawn.
 from __future__ import annotations
 
 import bisect
+import collections
 import dataclasses
 import difflib
 import hashlib
@@ -24,15 +25,12 @@ import os
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data_pipelines import files
 from data_pipelines.lists import folder_of, join
 from data_pipelines.order import MIXTURE_KEY, RATIO_KEY, shuffled_index
-from data_pipelines.records import Record
-
-if TYPE_CHECKING:
-    from data_pipelines.sources import Source
+from data_pipelines.records import Record, Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +64,19 @@ def read_entries(file: Path, name: str) -> list[Entry]:
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """YAML of which the last of several equal keys does not win."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = collections.Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            for key, count in keys.most_common(1):
+                if count > 1:
+                    raise yaml.MarkedYAMLError(problem=f"the key '{key}' stands twice", problem_mark=node.start_mark)
+            mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+            return mapping
+
     try:
-        content = yaml.safe_load(file.read_bytes())
+        content = yaml.load(file.read_bytes(), Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"mixture {name} is not YAML ({' '.join(str(error).split())})") from error
     entries = content.get("META") if isinstance(content, dict) else None
@@ -86,8 +95,7 @@ class Mixture:
 
     Args:
       name: path or address of the mixture, for messages.
-      file: its local file.
-      entries: what the file names.
+      entries: what its file names.
       sources: the opened source of each entry.
 
     Attributes:
@@ -98,8 +106,8 @@ class Mixture:
       ValueError: no record of a source is left, or its weight is too small for a single draw in an epoch.
     """
 
-    def __init__(self, name: str, file: Path, entries: Sequence[Entry], sources: Sequence[Source]) -> None:
-        self.name, self._file = name, file
+    def __init__(self, name: str, entries: Sequence[Entry], sources: Sequence[Source]) -> None:
+        self.name = name
         self._sources = list(sources)
         self._ratios = [entry.ratio for entry in entries]
         self.counts = [round(len(source) * entry.ratio) for entry, source in zip(entries, sources, strict=True)]
@@ -134,13 +142,10 @@ class Mixture:
 
     @property
     def signature(self) -> str:
-        """Changes when other records stand in one of the sources, or others of them are used."""
+        """Changes when other records stand in one of the sources, others of them are used, or at other shares."""
         parts = [f"{ratio!r} {source.signature}" for ratio, source in zip(self._ratios, self._sources, strict=True)]
+        parts += [f"shares {self.shares}"] * (self.shares is not None)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-    def beside(self, name: str) -> Path:
-        """Where a file about this mixture is kept."""
-        return self._file.with_name(f"{self._file.name}.{name}")
 
     def weighted(self, epoch: int, place: int, seed: int, shuffle: bool) -> tuple[int, int]:
         """(pass over the source that the draw falls to, index) of one of the `len(self)` draws of an epoch."""
@@ -214,5 +219,6 @@ def _located(path: str, folder: str) -> str:
     """A path below the mixture's folder, or below the working folder if there is nothing (the release's way)."""
     if path.startswith("tfds:"):
         return path
+    path = path.removeprefix("file://")
     below = join(folder, path)
     return path if not files.is_remote(below) and not os.path.exists(below) and os.path.exists(path) else below

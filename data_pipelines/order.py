@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-from grain.experimental import index_shuffle
+from grain.experimental import index_shuffle  # a second, and JAX with it: its library has no public name of its own
 
 # First word of every key that randomness is drawn from, so that no two uses share one.
 ORDER_KEY, DROPOUT_KEY, STEPS_KEY, CROP_KEY, CAPTION_KEY, MIXTURE_KEY, RATIO_KEY = range(7)
@@ -30,9 +30,11 @@ def share_of(batch_size: int, process_index: int, process_count: int) -> range:
     """The slots of a global batch that one process fills.
 
     Raises:
-      ValueError: the batch does not divide over the processes, or there is no such process.
+      ValueError: the batch is empty or does not divide over the processes, or there is no such process.
     """
-    if batch_size <= 0 or batch_size % process_count:
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} is no number of records; choose {process_count} or a multiple of it")
+    if batch_size % process_count:
         raise ValueError(
             f"batch_size={batch_size} does not divide over {process_count} processes; "
             f"choose {max(batch_size // process_count, 1) * process_count} or another multiple of {process_count}"

@@ -5,7 +5,8 @@ SOURCE, but reads fewer and smaller files. Broken records are left out and liste
 in OUT/report.json. The same command goes on where an interrupted one stopped, and the result is the same to the byte.
 
 It runs on Apache Beam: on this machine, or with --runner=DataflowRunner and the options of that runner (FlinkRunner,
-SparkRunner, …) on many. SOURCE and OUT may be addresses (gs://, s3://).
+SparkRunner, …) on many. SOURCE may be an address, and OUT one at gs:// or s3://; but training copies shards from there
+to each host, whole: where that is too much, mount the bucket and name its path.
 
 With --quality=lossless OUT gives the very crops of SOURCE; at the default quality, photographs differ from them by at
 most 2 of 255 on average, at 38 dB and more. Crops are centred: a stage that trains on random crops reads SOURCE itself.
@@ -16,22 +17,25 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from absl import logging
 from etils import epath
 
-from data_pipelines import files, images
+from data_pipelines import cache, files, images
+from data_pipelines.arrayrecords import BEGUN, FINISHED
 from data_pipelines.doors import add_crop_flags, add_source_flags, one_sentence, positive
+from data_pipelines.mixture import Mixture
+from data_pipelines.pack_shard import LOSSLESS, REPORTS, Settings, finished, pack_shard, writing
+from data_pipelines.prepared import PREFIX
 from data_pipelines.records import Cause
-from data_pipelines.repack import LOSSLESS, REPORTS, Settings, finished, pack_shard, writing
 from data_pipelines.sources import open_source
-
-SETTINGS = "pack.json"
 
 # Beam's own name for it, "DirectRunner", first tries to download and start a runner that is written in Go.
 LOCAL_RUNNER = "FnApiRunner"
@@ -45,10 +49,17 @@ def main(arguments: list[str] | None = None) -> None:
     logging.set_verbosity(logging.INFO)
     with one_sentence():
         images.crop_sizes(options.resolution, options.patch_size, options.max_ratio)
-        source = open_source(options.source, options.root)
+        out = writable(options.out)
+        path, root = absolute(options.source), options.root and absolute(options.root)
+        source = open_source(path, root)
+        if isinstance(source, Mixture) and source.shares is not None:
+            raise ValueError(
+                f"{path} is a mixture with weights, which shards cannot keep: pack each of its lists, and name the "
+                "packs with these weights in another mixture"
+            )
         settings = Settings(
-            source=options.source,
-            root=options.root,
+            source=path,
+            root=root,
             signature=source.signature,
             num_records=len(source),
             resolution=options.resolution,
@@ -57,12 +68,13 @@ def main(arguments: list[str] | None = None) -> None:
             quality=options.quality,
             shard_size=options.shard_size,
         )
-        begin(options.out, settings)
-        missing = [shard for shard, report in enumerate(reports(options.out, settings)) if report is None]
+        begin(out, settings)
+        missing = [shard for shard, report in enumerate(reports(out, settings)) if report is None]
         if missing:
             logging.info("%d of %d shards are to be made", len(missing), settings.num_shards)
-            run(missing, options.out, settings, runner_flags(options.runner, options.workers, of_runner))
-        print(finish(options.out, settings))
+            (epath.Path(out) / FINISHED).unlink(missing_ok=True)  # some may have been lost since
+            run(missing, out, settings, runner_flags(options.runner, options.workers, of_runner))
+        print(finish(out, settings))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -82,12 +94,37 @@ def parser() -> argparse.ArgumentParser:
     add("--shard-size", type=positive, default=4096, help="records a shard (default: %(default)s)")
     add(
         "--workers",
-        type=positive,
+        type=functools.partial(positive, most=1024),
         default=os.cpu_count() or 1,
         help="shards made at a time, here (default: %(default)s)",
     )
     add("--runner", default=LOCAL_RUNNER, help="of Apache Beam; flags that are not listed here are passed to it")
     return flags
+
+
+def absolute(path: str) -> str:
+    """A path as other machines and later runs have it; an address, or the name of a data set, as it is."""
+    if not path or files.is_remote(path) or path.startswith(PREFIX):
+        return path
+    return os.path.abspath(path.removeprefix("file://"))
+
+
+def writable(out: str) -> str:
+    """OUT as a path or address that can be written to.
+
+    Raises:
+      ValueError: an address of another kind.
+      ImportError: an address that needs a library which is not installed.
+    """
+    if not files.is_remote(out):
+        return absolute(out)
+    if not out.startswith(("gs://", "s3://")):
+        raise ValueError(f"OUT {out} is no place to write to: expected a folder, or an address at gs:// or s3://")
+    try:
+        epath.Path(out).exists()
+    except ImportError as error:
+        raise ImportError(f'OUT {out} is remote: run `pip install "svg_jax[remote]"` ({error})') from error
+    return out
 
 
 def begin(out: str, settings: Settings) -> None:
@@ -98,19 +135,30 @@ def begin(out: str, settings: Settings) -> None:
       OSError: it cannot be written.
     """
     folder = epath.Path(out)
-    file = folder / SETTINGS
+    file = folder / BEGUN
     if file.exists():
-        before, now = json.loads(file.read_text()), dataclasses.asdict(settings)
+        before, now = _read_settings(file), dataclasses.asdict(settings)
         differing = [key for key in now if before.get(key) != now[key]]
         if differing:
             said = ", ".join(f"{key}={before.get(key)} and now {now[key]}" for key in differing)
             raise ValueError(f"{out} was begun with {said}: choose another OUT, or remove it to pack anew")
-        return
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{out} holds other files than those of a pack: choose an empty folder")
+    else:
+        if folder.exists() and any(not other.name.endswith(".partial") for other in folder.iterdir()):
+            raise ValueError(f"{out} holds other files than those of a pack: choose an empty folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        with writing(file) as local:
+            local.write_text(json.dumps(dataclasses.asdict(settings), indent=2), encoding="utf-8")
     (folder / REPORTS).mkdir(parents=True, exist_ok=True)
-    with writing(file) as local:
-        local.write_text(json.dumps(dataclasses.asdict(settings), indent=2), encoding="utf-8")
+
+
+def _read_settings(file: epath.Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(file.read_text())
+        if not isinstance(settings, dict):
+            raise ValueError(f"it holds a {type(settings).__name__}")
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): choose another OUT, or remove it whole to pack anew") from error
+    return settings
 
 
 def reports(out: str, settings: Settings) -> Iterator[dict[str, Any] | None]:
@@ -173,11 +221,11 @@ def finish(out: str, settings: Settings) -> str:
     broken = {cause.value: causes[cause] for cause in Cause if causes[cause]}
     summary = {"records": settings.num_records, "written": written, "shards": shards, "bytes": size, "broken": broken}
     text = json.dumps(summary, indent=2)
-    with writing(folder / "report.json") as file:
+    with writing(folder / FINISHED) as file:
         file.write_text(text + "\n", encoding="utf-8")
-    if not files.is_remote(out):  # left by runs that were killed
-        for partial in (*folder.glob("*.partial"), *(folder / REPORTS).glob("*.partial")):
-            partial.unlink(missing_ok=True)
+    if not files.is_remote(out):
+        for written_to in (folder, folder / REPORTS):
+            cache.remove_abandoned(Path(written_to))
     if not written:
         raise ValueError(f"not one of the {settings.num_records} records could be used: {first}")
     return text

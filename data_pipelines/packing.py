@@ -26,9 +26,12 @@ def pack_tokens(
       was cut here, bool [captions].
 
     Raises:
-      ValueError: the captions fill no whole number of rows, or the budget has no room for their start tokens.
+      ValueError: no captions a row, captions that fill no whole number of rows, or a budget without room for their
+        start tokens.
     """
-    if pack < 1 or len(ids) % pack:
+    if pack < 1:
+        raise ValueError(f"pack={pack} is no number of images in a sequence; it is at least 1")
+    if len(ids) % pack:
         raise ValueError(f"{len(ids)} captions do not fill rows of {pack}: choose a batch that is a multiple of {pack}")
     if budget < pack:
         raise ValueError(f"{budget} tokens have no room for the start tokens of {pack} captions: choose {pack} or more")

@@ -1,7 +1,7 @@
 """Parquet tables with an image a row, as the Hugging Face hub keeps them.
 
 The image is a struct {"bytes", "path"} or a binary column, or its path or address stands in one of `PATH_COLUMNS`;
-relative paths start at the table's folder. Captions stand under one of `stores.CAPTION_KEYS`, as a text or a list of
+relative paths start at the table's folder. Captions stand under one of `captions.CAPTION_KEYS`, as a text or a list of
 texts; `width` and `height` may stand beside.
 
 A row is read with the whole of its row group, and the last groups are kept in memory. The hub's groups have 100 rows;
@@ -21,9 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines import cache, files
+from data_pipelines.captions import CAPTION_KEYS, captions_under
 from data_pipelines.lists import folder_of, join
-from data_pipelines.records import BadRecord, Cause, Record
-from data_pipelines.stores import CAPTION_KEYS, Shards, captions_under, for_each, size_under
+from data_pipelines.records import BadRecord, Cause, Record, first_line, size_under
+from data_pipelines.stores import Shards, for_each
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -43,6 +44,8 @@ class ParquetTables(Shards):
       ImportError: pyarrow is not installed.
     """
 
+    _UNSENT = ("_lock", "_groups")
+
     def __init__(self, name: str, shards: Sequence[str]) -> None:
         try:
             import pyarrow.parquet  # noqa: F401
@@ -52,14 +55,15 @@ class ParquetTables(Shards):
             ) from error
         super().__init__(name, shards)
         self._image, self._columns = _choose_columns(_footer(shards[0])[0], shards[0])
-        self._lock = threading.Lock()
-        self._groups: collections.OrderedDict[tuple[str, int], Future[pa.Table]] = collections.OrderedDict()
-        where = f"{shards[0]}-and-others-{self._digest}" if len(shards) > 1 else shards[0]
-        version = f"{self.signature} {self._columns}"
-        ends = cache.open_index(where, "groups", self._scan, version)
+        ends = cache.open_index(self.name, "groups", self._scan, f"{self.signature} {self._columns}")
         counts, ends = ends[: len(shards)], np.asarray(ends[len(shards) :])
         self._group_ends = dict(zip(self._shards, np.split(ends, np.cumsum(counts)[:-1]), strict=True))
+        self._open()
         self._set_counts([int(ends[-1]) if len(ends) else 0 for ends in self._group_ends.values()])
+
+    def _open(self) -> None:
+        self._lock = threading.Lock()
+        self._groups: collections.OrderedDict[tuple[str, int], Future[pa.Table]] = collections.OrderedDict()
 
     def __getitem__(self, index: int) -> Record:
         shard, row = self._locate(index)
@@ -74,7 +78,7 @@ class ParquetTables(Shards):
         except UnicodeDecodeError as error:
             raise BadRecord(Cause.ENCODING, f"{where} holds text that is not UTF-8 ({error})") from error
         except Exception as error:  # pyarrow has many kinds; or the table has become shorter
-            raise BadRecord(Cause.STORE, f"{where} cannot be read ({_first_line(error)})") from error
+            raise BadRecord(Cause.STORE, f"{where} cannot be read ({first_line(error)})") from error
         return self._record(value, range(len(self))[index], where, shard)
 
     def _record(self, value: dict[str, Any], index: int, where: str, shard: str) -> Record:
@@ -173,7 +177,7 @@ def _footer(shard: str) -> tuple[pa.Schema, list[int]]:
             groups = range(table.metadata.num_row_groups)
             return table.schema_arrow, [table.metadata.row_group(group).num_rows for group in groups]
     except Exception as error:  # pyarrow has many kinds
-        raise ValueError(f"table {shard} is damaged, or no Parquet file ({_first_line(error)})") from error
+        raise ValueError(f"table {shard} is damaged, or no Parquet file ({first_line(error)})") from error
 
 
 @contextlib.contextmanager
@@ -189,7 +193,3 @@ def _open(shard: str) -> Iterator[Any]:
 
 def _is_read(future: Future[Any]) -> bool:
     return future.done() and future.exception() is None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n")[0][:200] or type(error).__name__

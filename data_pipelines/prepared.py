@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_pipelines.records import BadRecord, Cause, Record
-from data_pipelines.stores import CAPTION_KEYS, captions_under
+from data_pipelines.captions import CAPTION_KEYS, captions_under
+from data_pipelines.records import BadRecord, Cause, Record, first_line
 
 PREFIX = "tfds:"
 
@@ -18,7 +17,7 @@ class PreparedDataset:
     """The images of one split of a prepared data set, with their captions where it has such a feature.
 
     A caption is a text, a sequence of texts, or a sequence of features with a text among them (as coco_captions has it)
-    under one of `stores.CAPTION_KEYS`. Other texts, such as the file names of imagenet2012, are none.
+    under one of `captions.CAPTION_KEYS`. Other texts, such as the file names of imagenet2012, are none.
 
     Args:
       address: `tfds:NAME/SPLIT`, as in tfds:imagenet2012/train; NAME may hold a config and a version.
@@ -44,7 +43,7 @@ class PreparedDataset:
         try:
             builder = tfds.builder(name, data_dir=data_dir)
         except Exception as error:  # of a kind that TensorFlow Datasets does not name in its interface
-            raise ValueError(f"{address}: there is no data set '{name}' ({_first_line(error)})") from error
+            raise ValueError(f"{address}: there is no data set '{name}' ({first_line(error)})") from error
         features = builder.info.features
         images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
         if not images:
@@ -53,7 +52,6 @@ class PreparedDataset:
         self._captions = {key for key, _ in CAPTION_KEYS if key in features and _holds_text(features[key], tfds)}
         self.has_captions = bool(self._captions)
         self._version = builder.info.full_name
-        self._folder = Path(builder.data_path)
         if not builder.data_path.exists():
             raise FileNotFoundError(
                 f"{address} is not prepared in {builder.data_path}: run `tfds build {name} "
@@ -66,11 +64,11 @@ class PreparedDataset:
             self._records: Any = builder.as_data_source(split, decoders=decoders)
         except NotImplementedError as error:
             raise ValueError(
-                f"{address} is prepared in another format than ArrayRecord ({_first_line(error)}): run "
+                f"{address} is prepared in another format than ArrayRecord ({first_line(error)}): run "
                 f"`tfds build {name} --file_format=array_record`"
             ) from error
         except ValueError as error:
-            raise ValueError(f"{address}: there is no split '{split}' ({_first_line(error)})") from error
+            raise ValueError(f"{address}: there is no split '{split}' ({first_line(error)})") from error
         if not len(self):
             raise ValueError(f"{address} is empty; expected one record an image")
 
@@ -86,7 +84,7 @@ class PreparedDataset:
         try:
             value = self._records[index]
         except Exception as error:  # whatever ArrayRecord says about a damaged file
-            raise BadRecord(Cause.STORE, f"{where} cannot be read ({_first_line(error)})") from error
+            raise BadRecord(Cause.STORE, f"{where} cannot be read ({first_line(error)})") from error
         captions = captions_under({key: _texts(value[key], where) for key in self._captions}, where)
         return Record(index, where, where, captions, bytes(value[self._image]))
 
@@ -94,10 +92,6 @@ class PreparedDataset:
     def signature(self) -> str:
         """Changes with the version of the data set and the split."""
         return f"{self._version}/{self._split}"
-
-    def beside(self, name: str) -> Path:
-        """Where a file about this split is kept."""
-        return self._folder / f".svg_jax.{re.sub(r'[^A-Za-z0-9]', '_', self._split)}.{name}"
 
 
 def _holds_text(feature: Any, tfds: Any) -> bool:
@@ -118,7 +112,3 @@ def _texts(value: Any, where: str) -> str | list[str]:
         return value if isinstance(value, str) else [text if isinstance(text, str) else text.decode() for text in value]
     except UnicodeDecodeError as error:
         raise BadRecord(Cause.ENCODING, f"{where} has a caption that is not UTF-8 text ({error})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n")[0][:200] or type(error).__name__

@@ -1,10 +1,10 @@
-"""What passes between the parts of the pipeline: a record, and the one error that means "skip this record"."""
+"""What passes between the parts of the pipeline: records, where they come from, and the error that skips one."""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 
 class Caption(NamedTuple):
@@ -41,6 +41,29 @@ class Record:
     captions: tuple[Caption, ...] = ()
     image: bytes | None = dataclasses.field(default=None, repr=False)
     size: tuple[int, int] | None = None
+
+
+class Source(Protocol):
+    """Random access to records by an index; `Record.where` is the id that stays when other records come before it.
+
+    Attributes:
+      name: what the user called it, for messages.
+      has_captions: whether records come with captions.
+    """
+
+    name: str
+    has_captions: bool
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record:
+        """Raises BadRecord if this record cannot be used."""
+        ...
+
+    @property
+    def signature(self) -> str:
+        """Changes when other records stand in it, or others of them are drawn."""
+        ...
 
 
 class Cause(enum.StrEnum):
@@ -84,3 +107,16 @@ class BadRecord(ValueError):
 
     def __str__(self) -> str:
         return str(self.args[1])
+
+
+def size_under(value: dict[str, Any]) -> tuple[int, int] | None:
+    """(width, height), where an object or a row says them."""
+    width, height = value.get("width"), value.get("height")
+    if type(width) is int and type(height) is int and 0 < width < 2**31 and 0 < height < 2**31:
+        return width, height
+    return None
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, short enough to stand in a message; its name where it says nothing."""
+    return str(error).split("\n")[0][:200] or type(error).__name__

@@ -9,45 +9,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from data_pipelines import cache, files
-from data_pipelines.arrayrecords import ArrayRecords
-from data_pipelines.folders import ImageFolder
+from data_pipelines.arrayrecords import ArrayRecords, check_finished
+from data_pipelines.folders import ImageFolder, images_below
 from data_pipelines.lists import JsonLines, JsonList, folder_of
 from data_pipelines.mixture import Mixture, read_entries
 from data_pipelines.parquet import ParquetTables
 from data_pipelines.prepared import PREFIX, PreparedDataset
-from data_pipelines.records import Record
+from data_pipelines.records import Source
 from data_pipelines.tars import TarShards
-
-
-class Source(Protocol):
-    """Random access to records by an index; `Record.where` is the id that stays when other records come before it.
-
-    Attributes:
-      name: what to call it in messages.
-      has_captions: whether records come with captions.
-    """
-
-    name: str
-    has_captions: bool
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Record:
-        """Raises BadRecord if this record cannot be used."""
-        ...
-
-    @property
-    def signature(self) -> str:
-        """Changes when other records stand in it."""
-        ...
-
-    def beside(self, name: str) -> Path:
-        """Where a file about this source is kept."""
-        ...
-
 
 # Files that hold many images each, by the end of their names: (name for messages, their addresses) -> source.
 SHARDS: dict[str, Callable[[str, list[str]], Source]] = {
@@ -71,12 +42,12 @@ def open_source(path: str | Path, root: str | Path | None = None) -> Source:
     |---|---|
     | `a.jsonl`, `a.json` | a list, see `lists` |
     | `a.yaml`, `a.yml` | a mixture of other sources, see `mixture` |
-    | a folder | of the shards that stand in it, else of all images below it |
+    | a folder | of the shards that stand in it, or of all images below it |
     | a shard, or a pattern such as `shards/*.tar` | see `arrayrecords`, `tars`, `parquet` |
     | `tfds:NAME/SPLIT` | a prepared data set, see `prepared` |
 
-    Lists, mixtures and shards may also be addresses (`gs://`, `s3://`, `https://`): lists and mixtures are copied
-    to the cache folder (`cache.cache_folder`), once for each version of them.
+    Lists, mixtures and shards may also be addresses (`gs://`, `s3://`, `https://`): lists, mixtures and ArrayRecord
+    shards are copied to the cache folder (`cache.cache_folder`), once for each version of them.
 
     Args:
       path: what to open.
@@ -85,16 +56,17 @@ def open_source(path: str | Path, root: str | Path | None = None) -> Source:
 
     Raises:
       FileNotFoundError: there is no such file, folder or data set.
-      ValueError: another kind of file, no records, or a list or mixture that does not parse.
+      ValueError: another kind of file, no records, shards among images, or a list or mixture that does not parse.
       ImportError: a kind whose library is not installed; the message names the extra that brings it.
     """
-    name = os.fspath(path)
+    name = os.fspath(path).removeprefix("file://")
+    root = None if root is None else os.fspath(root).removeprefix("file://")
     if name.startswith(PREFIX):
         return PreparedDataset(name, root)
     remote = files.is_remote(name)
     if not remote and os.path.isdir(name):
-        return _open_shards(name, sorted(map(str, Path(name).iterdir()))) or ImageFolder(Path(name))
-    kind = os.path.splitext(name.partition("?")[0] if remote else name)[1]
+        return _open_folder(Path(name))
+    kind = _kind(name)
     if kind in _LISTS or kind in _MIXTURES:
         return _open_list(name, kind, root)
     is_pattern = any(character in name for character in ("*[{" if remote else "*?[{"))  # addresses may have a query
@@ -108,17 +80,33 @@ def open_source(path: str | Path, root: str | Path | None = None) -> Source:
     raise FileNotFoundError(f"data {name} does not exist; expected {_KINDS}")
 
 
-def _open_list(name: str, kind: str, root: str | Path | None) -> Source:
+def _kind(name: str) -> str:
+    """The end of a file's name; an address may have a query behind it."""
+    return os.path.splitext(name.partition("?")[0] if files.is_remote(name) else name)[1]
+
+
+def _open_folder(folder: Path) -> Source:
+    found = sorted(map(str, folder.iterdir()))
+    has_shards = any(file.endswith(tuple(SHARDS)) for file in found)
+    if has_shards and (image := next(images_below(folder), None)):
+        raise ValueError(
+            f"folder {folder} holds images, such as {image}, and shards: move one kind elsewhere, or name the shards "
+            "by a pattern"
+        )
+    return _open_shards(str(folder), found) or ImageFolder(folder)
+
+
+def _open_list(name: str, kind: str, root: str | None) -> Source:
     file = cache.fetch(name)
     if not file.is_file():
         raise FileNotFoundError(f"data {name} does not exist, or is no file; expected {_KINDS}")
     if kind in _LISTS:
-        return _LISTS[kind](name, file, folder_of(name) if root is None else os.fspath(root))
+        return _LISTS[kind](name, file, folder_of(name) if root is None else root)
     entries = read_entries(file, name)
     for number, entry in enumerate(entries, start=1):
-        if os.path.splitext(entry.path)[1] in _MIXTURES:
+        if _kind(entry.path) in _MIXTURES:
             raise ValueError(f"mixture {name} entry {number} is a mixture itself, {entry.path}; name its lists instead")
-    return Mixture(name, file, entries, [open_source(entry.path, entry.root or root) for entry in entries])
+    return Mixture(name, entries, [open_source(entry.path, entry.root or root) for entry in entries])
 
 
 def _open_shards(name: str, found: Sequence[str]) -> Source | None:
@@ -127,4 +115,5 @@ def _open_shards(name: str, found: Sequence[str]) -> Source | None:
     kinds = {kind: shards for kind, shards in kinds.items() if shards}
     if len(kinds) > 1:
         raise ValueError(f"data {name} has files that end in {' and '.join(kinds)}; expected one kind, or a pattern")
+    check_finished(name, found)
     return next((SHARDS[kind](name, shards) for kind, shards in kinds.items()), None)

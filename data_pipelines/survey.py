@@ -7,16 +7,16 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 from PIL import Image
 
-from data_pipelines import files, images
-from data_pipelines.captions import choose
+from data_pipelines import images
+from data_pipelines.captions import read_usable
 from data_pipelines.duplicates import content_hash, perceptual_hash
 from data_pipelines.images import Size
 from data_pipelines.order import shuffled_index
-from data_pipelines.records import BadRecord, Caption, Cause, Record
-from data_pipelines.sources import Source
+from data_pipelines.records import BadRecord, Caption, Cause, Source
 from data_pipelines.text import Tokenizer, full_prompt
 
 _NO_LIMIT = 1 << 30  # tokens: captions are counted whole
@@ -64,6 +64,20 @@ class Broken:
     message: str
 
 
+class Spent(NamedTuple):
+    """Seconds on what training does with an image; hashes and tokens are not in them.
+
+    Attributes:
+      total: reading, decoding and cropping.
+      waiting: of these, for the bytes of the image.
+      computing: of a processor, in decoding and cropping.
+    """
+
+    total: float = 0.0
+    waiting: float = 0.0
+    computing: float = 0.0
+
+
 @dataclasses.dataclass(frozen=True)
 class Survey:
     """Of the records that were looked at.
@@ -72,17 +86,13 @@ class Survey:
       seen: those that can be used, in the order of the source.
       broken: those that cannot.
       num_threads: that read at the same time.
-      seconds: from the first read to the last.
-      read_seconds: spent in all threads waiting for the bytes of images.
-      cpu_seconds: spent by processors in decoding and cropping.
+      spent: by all threads on those that can be used.
     """
 
     seen: tuple[Seen, ...]
     broken: tuple[Broken, ...]
     num_threads: int
-    seconds: float
-    read_seconds: float
-    cpu_seconds: float
+    spent: Spent
 
 
 def sample(length: int, count: int) -> list[int]:
@@ -100,17 +110,13 @@ def survey(source: Source, sizes: Sequence[Size], tokenizer: Tokenizer, limit: i
       limit: the most records to look at.
     """
     num_threads = os.cpu_count() or 1
-    start = time.perf_counter()
     with ThreadPoolExecutor(num_threads) as pool:
         looks = list(pool.map(lambda i: _look(source, i, sizes, tokenizer), sorted(sample(len(source), limit))))
-    seconds = time.perf_counter() - start
     return Survey(
-        seen=tuple(look for look, *_ in looks if isinstance(look, Seen)),
-        broken=tuple(look for look, *_ in looks if isinstance(look, Broken)),
+        seen=tuple(look for look, _ in looks if isinstance(look, Seen)),
+        broken=tuple(look for look, _ in looks if isinstance(look, Broken)),
         num_threads=num_threads,
-        seconds=seconds,
-        read_seconds=sum(read for _, read, _ in looks),
-        cpu_seconds=sum(cpu for *_, cpu in looks),
+        spent=Spent(*(sum(seconds) for seconds in zip(*(spent for _, spent in looks), strict=True))),
     )
 
 
@@ -123,22 +129,16 @@ def cropped(source: Source, index: int, sizes: Sequence[Size]) -> Image.Image:
     return images.read_for(source[index], sizes)
 
 
-def _look(
-    source: Source, index: int, sizes: Sequence[Size], tokenizer: Tokenizer
-) -> tuple[Seen | Broken, float, float]:
-    """What is found, seconds of reading, seconds of processor time."""
-    read, cpu = 0.0, 0.0
+def _look(source: Source, index: int, sizes: Sequence[Size], tokenizer: Tokenizer) -> tuple[Seen | Broken, Spent]:
     try:
         start = time.perf_counter()
-        record = _with_bytes(source[index])
-        read, before = time.perf_counter() - start, time.thread_time()
-        size = images.read_size(dataclasses.replace(record, size=None))  # what the file says
+        record = images.with_content(read_usable(source, index))
+        waiting, before = time.perf_counter() - start, time.thread_time()
         image = images.read_for(record, sizes)
-        cpu = time.thread_time() - before
-        if source.has_captions:
-            choose(record, seed=0, epoch=0)  # as training would say that there is none
+        spent = Spent(time.perf_counter() - start, waiting, time.thread_time() - before)
+        size = images.read_size(dataclasses.replace(record, size=None))  # what the file says
     except BadRecord as error:
-        return Broken(index, error.cause, str(error)), read, cpu
+        return Broken(index, error.cause, str(error)), Spent()
     assert record.image is not None
     texts = [full_prompt(caption.text, caption.system_prompt) for caption in record.captions]
     ids, _ = tokenizer.encode(texts, _NO_LIMIT) if texts else ([], [])
@@ -151,14 +151,4 @@ def _look(
         content=content_hash(record.image),
         likeness=perceptual_hash(image),
     )
-    return seen, read, cpu
-
-
-def _with_bytes(record: Record) -> Record:
-    """The record with the content of its image file: read once, for the hash and the picture."""
-    if record.image is not None:
-        return record
-    try:
-        return dataclasses.replace(record, image=files.read_bytes(record.path))
-    except BadRecord as error:
-        raise BadRecord(error.cause, f"{record.where}: image {error}") from error
+    return seen, spent

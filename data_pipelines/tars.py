@@ -3,8 +3,8 @@
     000017.jpg  000017.txt  000017.json  000018.webp  000018.cls  …
 
 The key is the path up to the first dot of its last part, as WebDataset reads it. A record needs an image; its caption
-is the text of `.txt` or `.caption`, or what stands under one of `stores.CAPTION_KEYS` in `.json`; `.cls` names a class
-and is no caption. Members of other kinds are let be.
+is the text of `.txt` or `.caption`, or what stands under one of `captions.CAPTION_KEYS` in `.json`; `.cls` names a
+class and is no caption. Members of other kinds are let be.
 
 Each shard is scanned once, for where the records start and end; that index is kept (see `cache.open_index`), so that
 any record costs one seek, or one request where the shard is remote.
@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines import cache, files
-from data_pipelines.captions import parse_captions
+from data_pipelines.captions import captions_under, parse_captions
 from data_pipelines.folders import EXTENSIONS
-from data_pipelines.records import BadRecord, Caption, Cause, Record
-from data_pipelines.stores import Shards, captions_under, for_each, size_under
+from data_pipelines.records import BadRecord, Caption, Cause, Record, size_under
+from data_pipelines.stores import Shards, for_each
 
 _TEXTS = (".txt", ".caption")
 _USEFUL = EXTENSIONS | {*_TEXTS, ".json"}
@@ -41,14 +41,17 @@ class TarShards(Shards):
       ValueError: a file is damaged or no tar file, a key stands in two places of it, or there are no records.
     """
 
+    _UNSENT = ("_counts", "_places")
+
     def __init__(self, name: str, shards: Sequence[str]) -> None:
         super().__init__(name, shards)
+        self._open()
+        self._set_counts(self._counts.tolist())
+
+    def _open(self) -> None:
         # One index for all: as many mapped files as shards would be more than a process may have open.
-        where = f"{shards[0]}-and-others-{self._digest}" if len(shards) > 1 else shards[0]
-        index = cache.open_index(where, "records", self._scan, version=self.signature)
-        counts, places = index[: len(shards)], index[len(shards) :]
-        self._places = places.reshape(-1, _NUMBERS)
-        self._set_counts(counts.tolist())
+        index = cache.open_index(self.name, "records", self._scan, version=self.signature)
+        self._counts, self._places = index[: len(self._shards)], index[len(self._shards) :].reshape(-1, _NUMBERS)
 
     def __getitem__(self, index: int) -> Record:
         shard, row = self._locate(index)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optax
 from etils import epath
 from ml_collections import ConfigDict
 
-from data_pipelines.images import crop_sizes
+from data_pipelines.fingerprint import difference
+from data_pipelines.images import MAX_RESOLUTION, crop_sizes
+from data_pipelines.loader import MOST_PREFETCHED, MOST_THREADS, MOST_WORKERS
 from data_pipelines.text import Tokenizer, full_prompt
+from svg_jax import distributed
 from svg_jax.adversarial import AutoencoderLoss, LossConfig
 from svg_jax.autoencoder_steps import AutoencoderNetworks
 from svg_jax.checkpoint import load_config
@@ -32,6 +37,17 @@ from svg_jax.steps import Networks
 logger = logging.getLogger("svg_jax")
 
 DTYPES = {"float32": None, "bfloat16": None, "float16": None}
+
+# Far more than anybody needs: what is above it would use up memory, or wait for days, before it is found out.
+AT_MOST = {
+    "data.resolution": MAX_RESOLUTION,
+    "data.num_threads": MOST_THREADS,
+    "data.num_workers": MOST_WORKERS,
+    "data.prefetch": MOST_PREFETCHED,
+    "data.remote.timeout": 3600,
+    "data.remote.retries": 10,
+    "data.remote.backoff": 60,
+}
 
 
 def networks(config: ConfigDict) -> Networks:
@@ -81,9 +97,9 @@ def check(config: ConfigDict, needs: str) -> None:
         positive=(
             "num_train_steps", "batch_size", "micro_batches", "log_every", "checkpoint.keep", "optim.lr", "optim.eps",
             "optim.clip", "statistics.num_images", "text.max_tokens", "sample.num_steps", "sample.shift",
-            "sample.batch_size", "data.max_ratio", "data.pack", "text.max_tokens_packed", "model.num_heads",
-            "model.num_kv_heads", "guard.max_skipped", "profile.steps", "cluster.timeout", "cluster.start_timeout",
-            "data.remote.timeout",
+            "sample.batch_size", "data.resolution", "data.max_ratio", "data.pack", "text.max_tokens_packed",
+            "model.num_heads", "model.num_kv_heads", "guard.max_skipped", "profile.steps", "cluster.timeout",
+            "cluster.start_timeout", "data.remote.timeout",
         ),
         not_negative=(
             "optim.warmup_steps", "optim.weight_decay", "checkpoint.every", "checkpoint.keep_every", "sample.every",
@@ -91,6 +107,7 @@ def check(config: ConfigDict, needs: str) -> None:
             "data.caption_dropout", "data.max_bad_fraction", "loss.disc_start", "loss.disc_weight", "loss.disc_factor",
             "loss.perceptual_weight", "autoencoder.decoder.num_res_blocks", "guard.spike_sigma", "profile.start",
         ),
+        at_most=AT_MOST,
     )  # fmt: skip
     for key in ("b1", "b2", "ema"):
         if not 0 <= config.optim[key] < 1:
@@ -289,6 +306,31 @@ def check_resumed(config: ConfigDict, before: dict[str, Any]) -> None:
                 f"config.{key} was {then[key]} when this run began and is {now[key]} now: set it back, or begin a new "
                 "--workdir with --config.init_from"
             )
+
+
+def check_data(fingerprint: Sequence[str], before: Mapping[str, Any] | None, timeout: float) -> None:
+    """All processes must read the same data, and a run that goes on those that it began with.
+
+    Args:
+        fingerprint: Of the data that this process reads.
+        before: What the checkpoint says of its data; None at the beginning.
+        timeout: Seconds to wait for the other processes.
+
+    Raises:
+        ValueError: They do not.
+    """
+    first, *others = map(json.loads, distributed.everyone("the same data", json.dumps(fingerprint), timeout))
+    for process, other in enumerate(others, start=1):
+        if found := difference(first, other):
+            raise ValueError(
+                f"process {process} reads other data than process 0 ({found[1]} instead of {found[0]}): give all of "
+                "them the same files"
+            )
+    if found := difference((before or {}).get("fingerprint") or fingerprint, fingerprint):
+        raise ValueError(
+            f"the data are not those that this run began with ({found[0]} then, {found[1]} now): name those "
+            "with --config.data.path, or begin a new --workdir with --config.init_from"
+        )
 
 
 def dit_config(section: ConfigDict) -> NextDiTConfig:

@@ -9,7 +9,7 @@ import logging
 import math
 import re
 import runpy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,10 @@ def parse_shard(text: str | None) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def check_numbers(config: ConfigDict, *, positive: Sequence[str], not_negative: Sequence[str]) -> None:
-    """Every one of these keys, where the config has it, must hold a finite number above, or not below, zero.
+def check_numbers(
+    config: ConfigDict, *, positive: Sequence[str], not_negative: Sequence[str], at_most: Mapping[str, float]
+) -> None:
+    """Every one of these keys, where the config has it, must hold a finite number above, not below, or at most.
 
     Raises:
         ValueError: One does not; the message names the key and its value.
@@ -71,6 +73,8 @@ def check_numbers(config: ConfigDict, *, positive: Sequence[str], not_negative: 
         if not math.isfinite(value) or value < 0 or (value == 0 and key in positive):
             bound = "above zero" if key in positive else "zero or above"
             raise ValueError(f"config.{key} is {value}: it must be {bound}")
+        if value > at_most.get(key, math.inf):
+            raise ValueError(f"config.{key} is {value}: it must be at most {at_most[key]}")
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -49,6 +49,7 @@ def fit(
     preempted: Callable[[int], bool] | None = None,
     records: Callable[[int], Sequence[int]] = lambda step: (),
     data: Mapping[str, Any] | None = None,
+    fingerprint: Sequence[str] = (),
 ) -> TrainState:
     """Runs `step` from `state.step` to `config.num_train_steps`, and saves at the end whatever the interval.
 
@@ -71,6 +72,7 @@ def fit(
         preempted: Whether the machines are about to be taken away, after so many updates; the same answer everywhere.
         records: Which records the global batch of a step holds.
         data: What the checkpoint that `state` is of says about the data; None at the beginning.
+        fingerprint: What the data are known by, kept in checkpoints.
 
     Raises:
         Preempted: The machines are about to be taken away, and the state is saved.
@@ -132,7 +134,8 @@ def fit(
             if told or done == stop or _due(done, stop, config.checkpoint.every):
                 with held_up("checkpoint"):
                     state = state if told and done < stop else before_save(state)
-                    checkpoints.save(state, {"step": done, **guards.bad.state}, config.to_dict())
+                    of_run = {"step": done, **guards.bad.state, "fingerprint": list(fingerprint)}
+                    checkpoints.save(state, of_run, config.to_dict())
             if told and done < stop:
                 checkpoints.wait()
                 logger.warning("preempted: saved after step %d; the same command goes on from there", done)

@@ -68,6 +68,8 @@ def main(config: ConfigDict, workdir: str) -> None:
         # The state: restored, or begun from another run, or fresh; each array is made where it lives.
         checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every)
         restored = checkpoints.restore(program.state)
+        fingerprint = batches.fingerprint
+        assemble.check_data(fingerprint, restored and restored[1], config.cluster.start_timeout)
         if restored is not None:
             assemble.check_resumed(config, load_config(workdir))
             state = restored[0]
@@ -122,7 +124,8 @@ def main(config: ConfigDict, workdir: str) -> None:
             draw=lambda state: [np.asarray(image) for image in pipeline.with_params(state.ema)(config.sample.prompts)],
             preempted=distributed.preempted,
             records=batches.records,
-            data=None if restored is None else restored[1],
+            data=restored and restored[1],
+            fingerprint=fingerprint,
         )
     logger.info("the train step was compiled %d time(s)", compilations)
 

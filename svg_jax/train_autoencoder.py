@@ -65,9 +65,10 @@ def main(config: ConfigDict, workdir: str) -> None:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        check_same_data(batches, config.cluster.start_timeout)
         checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every)
         restored = checkpoints.restore(program.state)
+        fingerprint = batches.fingerprint
+        assemble.check_data(fingerprint, restored and restored[1], config.cluster.start_timeout)
         if restored is not None:
             assemble.check_resumed(config, load_config(workdir))
 
@@ -136,21 +137,9 @@ def main(config: ConfigDict, workdir: str) -> None:
                 before_save=with_statistics,
                 preempted=distributed.preempted,
                 records=batches.records,
-                data=None if restored is None else restored[1],
+                data=restored and restored[1],
+                fingerprint=fingerprint,
             )
-
-
-def check_same_data(batches: GridBatches, timeout: float) -> None:
-    """All processes must see the same records in the same grids, or their batches would not fit together.
-
-    Raises:
-        ValueError: They do not.
-    """
-    seen = distributed.everyone("the same data", batches.fingerprint, timeout)
-    if others := [i for i, fingerprint in enumerate(seen) if fingerprint != seen[0]]:
-        raise ValueError(
-            f"processes {', '.join(map(str, others))} read other data than process 0: give all of them the same files"
-        )
 
 
 def has_statistics(params: Params) -> bool:

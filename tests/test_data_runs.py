@@ -64,7 +64,9 @@ def test_the_transformer_trains_on_what_is_left_of_the_torture_set(
     assert lines[-1]["data/truncated_fraction"] > 0
     assert all(np.isfinite(line["loss"]) for line in lines)
     saved = json.loads((tmp_path / "run" / "checkpoints" / str(STEPS) / "data" / "metadata").read_text())
-    assert saved == {"step": STEPS, "records": len(records), "bad": causes}
+    assert saved == {
+        "step": STEPS, "records": len(records), "bad": causes, "fingerprint": made[0].fingerprint
+    }  # fmt: skip
 
 
 @pytest.mark.slow

@@ -317,7 +317,7 @@ def test_the_counts_go_on_after_a_restart_and_the_limit_is_for_what_comes_then(t
     assert (last["data/bad/damaged"], last["data/bad/missing"]) == (5, 11)
     assert last["data/bad_fraction"] == pytest.approx(16 / 96)
     data = json.loads((tmp_path / "checkpoints" / "12" / "data" / "metadata").read_text())
-    assert data == {"step": 12, "records": 96, "bad": {"damaged": 5, "missing": 11}}
+    assert data == {"step": 12, "records": 96, "bad": {"damaged": 5, "missing": 11}, "fingerprint": []}
     settings.num_train_steps = 20
     with pytest.raises(
         TooManyBadRecords, match=r"40 of 64 records \(62\.5%\) could not be used \(missing 32, damaged 8\)"

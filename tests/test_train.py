@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -218,6 +219,21 @@ def test_autoencoder_then_diffusion_then_pictures(
     assert scalars(tmp_path / "next")[-1]["step"] == 0
     with pytest.raises(SystemExit, match="batch_size was 8 when this run began and is 16 now"):
         train.main(small_config(data, num_train_steps=2, batch_size=16), str(tmp_path / "next"))
+
+    # Other data are refused; the same ones elsewhere are not.
+    write_scenes(tmp_path / "more", 33, seed=0)
+    config = small_config(tmp_path / "more" / data.name, num_train_steps=2)
+    with pytest.raises(SystemExit, match=r"32 records then, 33 records now.* begin a new --workdir"):
+        train.main(config, str(tmp_path / "next"))
+    config = tiny_autoencoder.get_config()
+    more = {"data.path": str(tmp_path / "more" / data.name), "num_train_steps": 4}
+    config.update_from_flattened_dict(OF_AUTOENCODER | more)
+    with pytest.raises(SystemExit, match=r"32 records then, 33 records now"):
+        train_autoencoder.main(config, str(tmp_path / "autoencoder"))
+    shutil.copytree(data.parent, tmp_path / "copied")
+    train.main(small_config(tmp_path / "copied" / data.name, num_train_steps=2), str(tmp_path / "next"))
+    assert scalars(tmp_path / "next")[-1]["step"] == 1
+
     config = small_config(data, num_train_steps=1, init_from=str(tmp_path / "dit"), **{"model.num_layers": 1})
     with pytest.raises(SystemExit, match=r"another architecture: shapes differ: layers\..* instead of"):
         train.main(config, str(tmp_path / "other"))
@@ -244,6 +260,10 @@ def test_autoencoder_then_diffusion_then_pictures(
         ({"data.num_threads": -1}, r"config\.data\.num_threads is -1: it must be zero or above"),
         ({"data.num_workers": -1}, r"config\.data\.num_workers is -1: it must be zero or above"),
         ({"data.remote.timeout": 0.0}, r"config\.data\.remote\.timeout is 0\.0: it must be above zero"),
+        ({"data.resolution": 10**12}, r"config\.data\.resolution is 1000000000000: it must be at most 8192"),
+        ({"data.num_workers": 10**12}, r"config\.data\.num_workers is 1000000000000: it must be at most 1024"),
+        ({"data.prefetch": 10**12}, r"config\.data\.prefetch is 1000000000000: it must be at most 4096"),
+        ({"data.remote.retries": 10**12}, r"config\.data\.remote\.retries is 1000000000000: it must be at most 10"),
         ({"model.remat": "dot"}, "dots"),
         ({"model.dtype": "bf16"}, "bfloat16"),
         ({"sample.solver": "heun"}, "did you mean 'heun"),

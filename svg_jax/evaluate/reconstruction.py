@@ -25,8 +25,8 @@ from jaxtyping import Array, Bool, Float
 from PIL import Image
 from tqdm import tqdm
 
-from data_pipelines.records import BadRecord
-from data_pipelines.sources import Source, open_source
+from data_pipelines.records import BadRecord, Source
+from data_pipelines.sources import open_source
 from svg_jax import assemble, distributed
 from svg_jax.evaluate import images as files
 from svg_jax.evaluate.fid import bias

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import pickle
@@ -14,7 +15,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from data_pipelines import arrayrecords, images
+from data_pipelines import arrayrecords, files, images
 from data_pipelines.arrayrecords import write_shard
 from data_pipelines.records import BadRecord, Caption, Cause, Record
 from data_pipelines.sources import open_source
@@ -56,7 +57,17 @@ def test_records_come_back_over_all_shards(shards: Path) -> None:
             assert images.read(source[i]).getpixel((0, 0)) == (i, 0, 0)
         with pytest.raises(IndexError):
             source[5]
-        assert pickle.loads(pickle.dumps(source))[4] == source[4]
+
+
+def test_another_process_asks_no_shard_again(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(shards)
+    source[4]
+    sent = pickle.dumps(source)
+    monkeypatch.setattr(files, "signature", None)
+    monkeypatch.setattr(arrayrecords, "_count", None)
+    arrived = pickle.loads(sent)
+    assert (arrived.signature, arrived.has_captions, len(arrived)) == (source.signature, True, 5)
+    assert [arrived[i] for i in range(5)] == [source[i] for i in range(5)]
 
 
 def test_records_without_captions(tmp_path: Path) -> None:
@@ -164,3 +175,39 @@ def test_remote_shards_are_copied_once(shards: Path, own_cache: Path) -> None:
         assert [source[i].size for i in range(5)] == [(10 + i, 8) for i in range(5)]
         assert source[4].where == "memory://packed/s-2.array_record:1"
         assert len(list(own_cache.iterdir())) == 2
+
+
+def test_copies_of_many_bytes_are_announced(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with fsspec.open("memory://large/s.array_record", "wb") as file:
+        file.write((shards / "s-0.array_record").read_bytes())
+    with caplog.at_level("WARNING"):
+        open_source("memory://large/s.array_record")
+        assert not caplog.messages
+        monkeypatch.setattr(arrayrecords, "_MANY_BYTES", 1000)
+        open_source(shards)
+        assert not caplog.messages
+        open_source("memory://large/s.array_record")
+    assert "memory://large/s.array_record: shards of 0.0 GiB are copied to" in caplog.text
+
+
+def test_a_pack_that_is_not_finished_is_no_data_set(shards: Path) -> None:
+    (shards / "report.json").unlink()
+    open_source(shards)  # shards of somebody else
+    (shards / "pack.json").touch()
+    bucket = fsspec.filesystem("memory")
+    for file in shards.iterdir():
+        bucket.pipe(f"memory://begun/{file.name}", file.read_bytes())
+    for path in (str(shards), f"{shards}/*.array_record", "memory://begun"):
+        with pytest.raises(ValueError, match=r"the packing of .* is not finished: run the same command again"):
+            open_source(path)
+    (shards / "report.json").touch()
+    bucket.pipe("memory://begun/report.json", b"")
+    assert len(open_source(shards)) == len(open_source("memory://begun")) == 5
+
+
+def test_a_name_that_is_no_text_is_spelled_out(tmp_path: Path) -> None:
+    path = tmp_path / "a.array_record"
+    write_shard(path, [dataclasses.replace(record(0), where="images/\udcff.png")])
+    assert open_source(path)[0].path == r"images/\udcff.png"

@@ -255,13 +255,16 @@ def test_batches_travel_to_other_processes(data: Path) -> None:
     ("options", "reason"),
     [
         ({"batch_size": 6, "process_count": 4}, "batch_size=6 does not divide over 4 processes; choose 4 or"),
-        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": 0}, "batch_size=0 is no number of records; choose 1 or a multiple of it"),
+        ({"batch_size": -4, "process_count": 2}, "batch_size=-4 is no number of records; choose 2 or"),
         ({"process_index": 1}, "process_index=1 is not in 0 to 0"),
         ({"resolution": 60}, "resolution=60 is not a multiple of the patch size 8; choose 56 or 64"),
         ({"max_text_tokens": 0}, "max_text_tokens=0 leaves no room for the start token"),
         ({"caption_dropout": 1.5}, r"caption_dropout=1\.5 is not a share"),
         ({"seed": -1}, "seed=-1 is not in"),
         ({"pack": 3, "max_packed_tokens": 99}, "4 captions do not fill rows of 3"),
+        ({"pack": 0}, "pack=0 is no number of images in a sequence; it is at least 1"),
+        ({"pack": -1}, "pack=-1 is no number of images"),
         ({"pack": 2}, "0 tokens have no room for the start tokens of 2 captions"),
     ],
 )

@@ -50,6 +50,29 @@ def test_an_index_is_built_once_and_again_when_its_source_changes(tmp_path: Path
     assert build.times == 2
 
 
+def test_the_index_of_a_folder_or_a_pattern_stands_in_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = Build()
+    monkeypatch.chdir(tmp_path)
+    for name in (".", str(tmp_path), f"file://{tmp_path}", "*.tar", f"{tmp_path}/*.tar"):
+        np.testing.assert_array_equal(open_index(name, "lines", build, version="1"), np.arange(5))
+    assert build.times == 2
+    assert {path.name for path in tmp_path.iterdir()} == {".svg_jax.lines", ".*.tar.lines"}
+
+
+@pytest.mark.parametrize("name", ["tfds:coco/train", "gs://bucket/*.tar", "/proc/a*/b.tar"])
+def test_what_has_no_folder_is_kept_in_the_cache_folder_wherever_one_works(
+    own_cache: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = Build()
+    for folder in (own_cache, tmp_path):
+        monkeypatch.chdir(folder)
+        open_index(name, "lines", build, version="1")
+    assert build.times == 1
+    assert [path.suffix for path in own_cache.iterdir()] == [".lines"]
+
+
 def test_a_cut_index_is_built_anew(tmp_path: Path) -> None:
     source, build = tmp_path / "a", Build()
     source.touch()

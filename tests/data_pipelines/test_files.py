@@ -19,7 +19,12 @@ from data_pipelines.files import Remote, expand, open_file, read_bytes, signatur
 from data_pipelines.records import BadRecord, Cause
 from tests.data_pipelines.servers import Server, serve
 
-QUICK = Remote(timeout=0.2, retries=2, backoff=0.01)
+
+@pytest.fixture(autouse=True)
+def remote(monkeypatch: pytest.MonkeyPatch) -> Remote:
+    """Soon again, and with time to answer: this machine may be busy."""
+    monkeypatch.setattr(files, "_default", policy := Remote(timeout=5.0, retries=2, backoff=0.01))
+    return policy
 
 
 @pytest.fixture
@@ -127,7 +132,7 @@ def test_threads_read_at_the_same_time(server: Server) -> None:
 
 
 def test_a_server_that_fails_twice_is_asked_again(server: Server) -> None:
-    assert read_bytes(f"{server.url}/flaky/a.bin", policy=QUICK) == bytes(range(100))
+    assert read_bytes(f"{server.url}/flaky/a.bin") == bytes(range(100))
     assert server.asked["/flaky/a.bin"] == 3
 
 
@@ -142,13 +147,14 @@ def test_a_server_that_fails_twice_is_asked_again(server: Server) -> None:
     ],
 )
 def test_answers_of_a_server(server: Server, status: int, cause: Cause, attempts: int) -> None:
-    assert cause_of(f"{server.url}/status/{status}/a.bin", policy=QUICK) is cause
+    assert cause_of(f"{server.url}/status/{status}/a.bin") is cause
     assert server.asked[f"/status/{status}/a.bin"] == attempts
 
 
 def test_a_server_that_hangs_is_left(server: Server) -> None:
-    with pytest.raises(BadRecord, match=r"hang/a\.bin cannot be read after 3 attempts of 0\.2 s") as error:
-        read_bytes(f"{server.url}/hang/a.bin", policy=QUICK)
+    files.set_default(Remote(timeout=0.2, retries=2, backoff=0.01))
+    with pytest.raises(BadRecord, match=r"hang/a\.bin cannot be read after 3 attempts, .*no answer in 0\.2 s") as error:
+        read_bytes(f"{server.url}/hang/a.bin")
     assert error.value.cause is Cause.TIMEOUT
     assert server.asked["/hang/a.bin"] == 3
 
@@ -156,22 +162,27 @@ def test_a_server_that_hangs_is_left(server: Server) -> None:
 def test_waits_double(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr(time, "sleep", waits.append)
-    monkeypatch.setattr(files, "_default", files._default)
     files.set_default(Remote(timeout=5, retries=4, backoff=1.0))
     assert cause_of(f"{server.url}/status/500/a.bin") is Cause.REMOTE
     assert len(waits) == 4
     assert all(0.5 * 2**i <= wait <= 1.5 * 2**i for i, wait in enumerate(waits))
 
 
-def test_nobody_there_is_a_remote_error() -> None:
+def test_nobody_there_is_a_remote_error_that_says_why() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        assert cause_of(f"http://127.0.0.1:{unused.getsockname()[1]}/a.bin", policy=QUICK) is Cause.REMOTE
+        address = f"http://127.0.0.1:{unused.getsockname()[1]}/a.bin"
+        with pytest.raises(BadRecord, match=r"after 3 attempts, the last one: Client\w+: Cannot connect") as error:
+            read_bytes(address)
+        assert error.value.cause is Cause.REMOTE
+        files.set_default(Remote(retries=0))
+        with pytest.raises(BadRecord, match="after one attempt, "):
+            read_bytes(address)
 
 
 def test_what_is_no_address() -> None:
     assert cause_of("nothing://a/b.jpg") is Cause.VALUE
-    assert cause_of("http:///b.jpg", policy=QUICK) is Cause.VALUE
+    assert cause_of("http:///b.jpg") is Cause.VALUE
 
 
 def test_a_server_without_parts_says_so(server: Server) -> None:
@@ -193,8 +204,10 @@ def test_without_fsspec_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> N
         read_bytes("gs://b/a.jpg")
 
 
-@pytest.mark.parametrize("setting", [{"timeout": 0}, {"retries": -1}, {"backoff": -1.0}, {"timeout": float("nan")}])
-def test_a_policy_that_reads_nothing_is_refused(setting: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "setting", [{"timeout": 0}, {"retries": -1}, {"retries": 10**12}, {"backoff": -1.0}, {"timeout": float("nan")}]
+)
+def test_a_policy_that_does_not_work_is_refused(setting: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="is no way to read"):
         Remote(**setting)
 
@@ -218,3 +231,9 @@ def test_patterns(tmp_path: Path, bucket: str) -> None:
     assert expand("http://x/{8..10}.tar") == ["http://x/8.tar", "http://x/9.tar", "http://x/10.tar"]
     assert expand(f"{bucket}/*.bin") == [f"{bucket}/a.bin", f"{bucket}/empty.bin"]
     assert expand(f"{tmp_path}/none*") == []
+
+
+@pytest.mark.parametrize("numbers", ["{0..99999999}", "{0..999999}{0..9}", "{000000..1000000}"])
+def test_a_pattern_that_counts_too_far_is_refused_at_once(numbers: str) -> None:
+    with pytest.raises(ValueError, match=r"the pattern x\{.* counts \d+ files; expected at most 1000000"):
+        expand(f"x{numbers}.tar")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import pickle
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from data_pipelines import images, sizes
+from data_pipelines import grids, images, order
 from data_pipelines.broken import CAUSES
-from data_pipelines.grids import Draw, GridBatches, by_grid
+from data_pipelines.fingerprint import difference
+from data_pipelines.grids import Draw, GridBatches, by_grid, nearest_sizes
 from data_pipelines.loader import make_loader
 from data_pipelines.records import BadRecord, Cause
 from data_pipelines.sizes import image_sizes
@@ -106,12 +108,55 @@ def test_processes_hold_slices_of_the_same_batches(data: Path, process_count: in
     options = {"max_ratio": max_ratio, "random_crop": True}
     whole = make(data, **options)
     parts = [make(data, process_index=i, process_count=process_count, **options) for i in range(process_count)]
-    assert {part.fingerprint for part in parts} == {whole.fingerprint}
+    assert all(part.fingerprint == whole.fingerprint for part in parts)
     for step in (0, 3, 11, 12, 50):
         expected, slices = whole[step], [part[step] for part in parts]
         for key in ("images", "valid", "cause", "record"):
             joined = np.concatenate([part[key] for part in slices])  # type: ignore[literal-required]
             np.testing.assert_array_equal(joined, expected[key])  # type: ignore[literal-required]
+
+
+def test_a_process_reckons_its_own_slots_alone(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+
+    def shuffled_index(place: int, *arguments: int) -> int:
+        drawn.append(place)
+        return order.shuffled_index(place, *arguments)
+
+    monkeypatch.setattr(grids, "shuffled_index", shuffled_index)
+    part = make(data, batch_size=8, process_index=1, process_count=4)
+    part.read(0)
+    assert len(drawn) == 1 + 8 // 4  # the grid of the step, and two slots
+    assert part.draws(0)[1][2:4] == part.draws(0, range(2, 4))[1]
+
+
+def test_other_sizes_of_the_same_files_are_other_data(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that sees other shapes would form other batches, though the list is the same."""
+    before = make(data).fingerprint
+    monkeypatch.setattr(grids, "image_sizes", lambda source: np.full((len(source), 2), 9, np.int32))
+    found = difference(before, make(data).fingerprint)
+    assert found
+    assert found[1].startswith("1 grids ")
+
+
+def test_a_worker_maps_the_grids_instead_of_getting_them(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = make(data)
+    assert batches.__getstate__()["grids"] is None
+    sent = pickle.dumps(batches)
+    monkeypatch.setattr(grids, "_grid_index", None)  # nor are they found anew
+    monkeypatch.setattr(grids, "image_sizes", None)
+    received = pickle.loads(sent)
+    assert [received.records(step) for step in range(9)] == [batches.records(step) for step in range(9)]
+    np.testing.assert_array_equal(received[5]["images"], batches[5]["images"])
+
+
+def test_grids_that_cannot_be_kept_are_sent(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mapped = make(data)
+    monkeypatch.setattr(grids, "image_sizes", lambda source: np.array(image_sizes(source)))  # in memory
+    sent = pickle.dumps(make(data))
+    monkeypatch.setattr(grids, "image_sizes", None)
+    received = pickle.loads(sent)
+    assert [received.records(step) for step in range(9)] == [mapped.records(step) for step in range(9)]
 
 
 def test_a_loader_from_any_step_goes_on_as_if_uninterrupted(data: Path) -> None:
@@ -236,30 +281,17 @@ def test_a_mixture_keeps_its_weights_or_says_that_it_cannot(data: Path, tmp_path
         make(tmp_path / "mix.yaml")
 
 
-def test_sizes_are_kept_and_measured_anew_for_other_records(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(sizes, "_CHUNK", 3)
-    for i in range(8):
-        Image.new("RGB", (10 + i, 5)).save(tmp_path / f"{i}.png")
-    expected = [[10 + i, 5] for i in range(8)]
-    assert image_sizes(open_source(tmp_path)).tolist() == expected
-    with monkeypatch.context() as patch:
-        patch.setattr(sizes, "_measured", None)
-        assert image_sizes(open_source(tmp_path)).tolist() == expected
-    Image.new("RGB", (99, 5)).save(tmp_path / "8.png")
-    assert image_sizes(open_source(tmp_path)).tolist() == [*expected, [99, 5]]
-    open_source(tmp_path).beside("sizes.npz").write_bytes(b"PK damaged")
-    with caplog.at_level(logging.WARNING, logger="absl"):
-        assert image_sizes(open_source(tmp_path)).tolist() == [*expected, [99, 5]]
-    assert "cannot be read" in caplog.text
-    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".png") == [".svg_jax.sizes.npz"]
-
-
-def test_sizes_that_the_records_say_spare_the_files(tmp_path: Path) -> None:
-    lines = [{"path": "none.png", "prompt": "", "width": 30, "height": 10}, {"path": "b.png", "prompt": "", "width": 3}]
-    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert image_sizes(open_source(tmp_path / "list.jsonl")).tolist() == [[30, 10], [0, 0]]
+@pytest.mark.parametrize(("resolution", "patch_size", "max_ratio"), [(256, 16, 4.0), (1024, 16, 4.0), (64, 8, 2.0)])
+def test_the_nearest_sizes_of_many_are_those_of_each(resolution: int, patch_size: int, max_ratio: float) -> None:
+    """Ties too: images halfway between two sizes, of their ratios, and of a few pixels."""
+    crop_sizes = images.crop_sizes(resolution, patch_size, max_ratio)
+    side = np.arange(1, 30)
+    few = np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)
+    halfway = (np.array(crop_sizes)[:, None] + np.array(crop_sizes)).reshape(-1, 2)
+    drawn = np.random.default_rng(0).integers(1, 5000, (1000, 2))
+    of = np.concatenate([few, halfway, drawn]).astype(np.int32)
+    expected = [images.nearest_size((int(width), int(height)), crop_sizes) for width, height in of]
+    assert [crop_sizes[place] for place in nearest_sizes(of, crop_sizes)] == expected
 
 
 def test_grids_without_an_image_are_left_out() -> None:

@@ -137,10 +137,12 @@ def test_where_nothing_can_be_used_the_page_says_why(folder: Path, capsys: pytes
     html = (folder / "bad.html").read_text()
     assert "no record that was looked at can be used" in html
     assert "bad.jsonl:2 is an empty line" in html
-    assert "2 of 2 records: 0 usable, 1 not_an_image, 1 not_json" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 of 2 records: 0 usable, 1 not_an_image, 1 not_json" in said
+    assert f"none of them can be used: {folder / 'bad.jsonl'}:1: image" in said
 
 
-def test_what_is_wrong_is_said_in_one_sentence(folder: Path) -> None:
+def test_what_is_wrong_is_said_in_one_sentence(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = str(folder / "records.jsonl")
     with pytest.raises(SystemExit, match="error: data nothing does not exist"):
         main(["nothing"])
@@ -148,5 +150,12 @@ def test_what_is_wrong_is_said_in_one_sentence(folder: Path) -> None:
         main([source, "--resolution=100"])
     with pytest.raises(SystemExit, match="lies in a folder that does not exist"):
         main([source, "--out=no/such/page.html"])
+    with pytest.raises(SystemExit, match=rf"--out {folder} is a folder: name a file, such as {folder}/inspect\.html"):
+        main(["nothing", f"--out={folder}"])
+    with pytest.raises(SystemExit, match="resolution=16000 is above 8192"):
+        main([source, "--resolution=16000"])
+    with pytest.raises(SystemExit):
+        main([source, "--patch-size=0"])
+    assert "'0' is no whole number from 1" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="tokeniser folder none does not exist"):
         main([source, "--tokenizer=none"])

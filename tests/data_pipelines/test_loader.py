@@ -89,6 +89,13 @@ def test_batches_come_whole_and_in_order(num_threads: int, num_workers: int) -> 
     assert next(loader, None) is None
 
 
+@pytest.mark.parametrize("name", ["start_step", "num_threads", "prefetch", "num_workers"])
+@pytest.mark.parametrize("number", [-1, 10**30])
+def test_numbers_beyond_sense_are_refused_at_once(name: str, number: int) -> None:
+    with pytest.raises(ValueError, match=rf"{name}={number} is not in 0 to \d+"):
+        make_loader(Counting(), **{name: number})
+
+
 def test_no_more_is_read_ahead_than_asked_for(tmp_path: Path) -> None:
     loader = make_loader(Counting(notes=str(tmp_path)), num_threads=1, prefetch=3)
     next(loader)

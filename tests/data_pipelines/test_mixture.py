@@ -89,6 +89,16 @@ def test_the_signature_changes_with_the_records_that_are_used(tmp_path: Path) ->
     assert open_source(path).signature not in (before, after)
 
 
+def test_the_signature_changes_with_the_shares(tmp_path: Path) -> None:
+    path, signatures = write_mixture(tmp_path, "weight: 1", "weight: 1"), set()
+    for before, now in (("", ""), ("weight: 1", "weight: 2"), (", weight: 2", "")):  # 25 and 25; the same; none
+        path.write_text(path.read_text().replace(before, now))
+        signatures.add(open_source(path).signature)
+    path.write_text(path.read_text().replace("a.jsonl", "a.jsonl, weight: 1").replace("b.jsonl", "b.jsonl, weight: 3"))
+    assert len(signatures) == 2
+    assert open_source(path).signature not in signatures
+
+
 def test_any_source_can_stand_in_a_mixture(tmp_path: Path) -> None:
     from PIL import Image
 
@@ -170,6 +180,8 @@ def test_largest_remainders(total: int, weights: list[float], shares: list[int])
         ("", "has no list under META"),
         ("META: {path: a.jsonl}", "has no list under META"),
         ("META: []", "has no list under META"),
+        ("META: []\nMETA: [{path: a.jsonl}]", r"mix\.yaml is not YAML \(the key 'META' stands twice .*line 1"),
+        ("META: [{path: a.jsonl, weight: 1, weight: 3}]", r"the key 'weight' stands twice"),
         ("META: [a.jsonl]", r"mix\.yaml entry 1 is a str; expected '- path: a\.jsonl'"),
         ("META: [{path: a.jsonl}, {type: x}]", "entry 2 names no path"),
         ("META: [{path: 3}]", "entry 1 has 3 under 'path'; expected a text"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -18,10 +19,10 @@ from PIL import Image
 
 pytest.importorskip("apache_beam")
 
-from data_pipelines import images
+from data_pipelines import cache, images
 from data_pipelines.pack import main, runner_flags
+from data_pipelines.pack_shard import encode
 from data_pipelines.records import Caption
-from data_pipelines.repack import encode
 from data_pipelines.sources import open_source
 from tests.data_pipelines import torture
 from tests.data_pipelines.servers import serve
@@ -119,6 +120,27 @@ def test_every_kind_of_the_torture_set_is_under_its_cause(tmp_path: Path) -> Non
     assert found == {i: kind.cause for i, kind in enumerate(torture.KINDS) if kind.cause}
 
 
+def test_the_torture_set_as_an_archive(tmp_path: Path) -> None:
+    torture.write(tmp_path)
+    path, causes = torture.write_tar(tmp_path)
+    main([str(path), str(tmp_path / "out"), "--resolution=64"])
+    lines = map(json.loads, (tmp_path / "out" / "report.jsonl").read_text(encoding="utf-8").splitlines())
+    assert {line["index"]: line["cause"] for line in lines} == {i: cause for i, cause in enumerate(causes) if cause}
+    source = open_source(tmp_path / "out")
+    assert source[len(source) - 1].path.endswith(r"/no utf-8 \udcff.png")
+
+
+def test_file_names_that_are_no_text_are_packed_and_reported(tmp_path: Path) -> None:
+    (folder := tmp_path / "images").mkdir()
+    scene(0).save(folder / torture.NO_TEXT)
+    (folder / f"empty {torture.NO_TEXT}").touch()
+    main([str(folder), str(tmp_path / "out"), "--resolution=64"])
+    [line] = map(json.loads, (tmp_path / "out" / "report.jsonl").read_text(encoding="utf-8").splitlines())
+    assert line["cause"] == "empty"
+    assert r"empty no utf-8 \udcff.png" in line["message"]
+    assert open_source(tmp_path / "out")[0].path == rf"{folder}/no utf-8 \udcff.png"
+
+
 def test_the_number_of_workers_changes_nothing(folder: Path, packed: Path, tmp_path: Path) -> None:
     flags = [*FLAGS[:2], "--workers=3", "--quality=lossless"]
     main([str(folder / "records.jsonl"), str(tmp_path / "out"), *flags])
@@ -137,8 +159,10 @@ def test_killed_half_way_and_run_again_the_result_is_the_same_to_the_byte(folder
             process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
         try:
             # Five shards are finished, the sixth is begun.
+            deadline = time.monotonic() + 60
             while not server.asked["/wait/21.jpg"] or not list(killed.glob("*.partial")):
                 assert process.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < deadline
                 time.sleep(0.02)
         finally:
             os.killpg(process.pid, signal.SIGKILL)
@@ -146,6 +170,9 @@ def test_killed_half_way_and_run_again_the_result_is_the_same_to_the_byte(folder
         first = {file.name: file.stat().st_mtime_ns for file in killed.glob("*.array_record")}
         assert len(first) == 5
         assert not (killed / "report.json").exists()
+        for unfinished in (killed, killed / "*.array_record"):
+            with pytest.raises(ValueError, match=r"the packing of .*killed.* is not finished: run the same command"):
+                open_source(unfinished)
 
         server.awaited.set()
         main([str(source), str(killed), *FLAGS])
@@ -155,6 +182,27 @@ def test_killed_half_way_and_run_again_the_result_is_the_same_to_the_byte(folder
     assert {name: (killed / name).stat().st_mtime_ns for name in first} == first  # they were not made again
 
 
+def test_what_another_living_pack_writes_is_left_alone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (out := tmp_path / "out").mkdir()
+    with subprocess.Popen(["sleep", "60"]) as other, contextlib.ExitStack() as writers:
+        for process in (other.pid, 2**30):  # a living one, and one that was killed
+            monkeypatch.setattr(os, "getpid", lambda process=process: process)
+            writers.enter_context(cache.writing(out / "shard")).touch()
+        monkeypatch.undo()
+        for age, name in ((0, "shard.elsewhere.1-00000000.partial"), (10**6, "shard.elsewhere.2-00000000.partial")):
+            (out / name).touch()
+            os.utime(out / name, (time.time() - age,) * 2)
+        main([str(folder / "records.jsonl"), str(out), *FLAGS])
+        left = sorted(file.name for file in out.rglob("*.partial"))
+        writers.pop_all()
+        other.kill()
+    assert len(left) == 2
+    assert left[0] == "shard.elsewhere.1-00000000.partial"
+    assert f".{other.pid}-" in left[1]
+
+
 def test_a_shard_that_was_cut_or_lost_is_made_again(folder: Path, packed: Path, tmp_path: Path) -> None:
     before = content(packed)
     os.truncate(packed / "pack-00002-of-00008.array_record", 1000)
@@ -162,6 +210,49 @@ def test_a_shard_that_was_cut_or_lost_is_made_again(folder: Path, packed: Path, 
     (packed / "reports" / "00006.json").write_text("{")
     main([str(folder / "records.jsonl"), str(packed), *FLAGS, "--quality=lossless"])
     assert content(packed) == before
+
+
+def test_a_pack_that_loses_shards_is_unfinished_until_they_are_made(
+    folder: Path, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost, runs = packed / "pack-00002-of-00008.array_record", []
+    content = lost.read_bytes()
+    lost.unlink()
+
+    def killed(*_: object) -> None:
+        runs.append(packed)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("data_pipelines.pack.run", killed)
+    command = [str(folder / "records.jsonl"), str(packed), *FLAGS, "--quality=lossless"]
+    with pytest.raises(KeyboardInterrupt):
+        main(command)
+    with pytest.raises(ValueError, match="is not finished"):
+        open_source(packed)
+    monkeypatch.undo()
+    main(command)
+    assert lost.read_bytes() == content
+    assert runs == [packed]
+    open_source(packed)
+
+
+def test_one_source_has_one_pack_however_it_is_written(
+    folder: Path, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_pipelines.pack.run", lambda *_: pytest.fail("there is nothing to be made"))
+    monkeypatch.chdir(folder)
+    for source, out in (("records.jsonl", "packed"), ("./../" + folder.name + "/records.jsonl", packed.as_uri())):
+        main([source, out, *FLAGS, "--quality=lossless"])
+
+
+def test_a_mixture_with_weights_is_refused(folder: Path, tmp_path: Path) -> None:
+    (folder / "m.yaml").write_text("META: [{path: records.jsonl, weight: 3}, {path: records.jsonl, weight: 1}]")
+    with pytest.raises(SystemExit, match=r"m\.yaml is a mixture with weights, .* pack each of its lists"):
+        main([str(folder / "m.yaml"), str(tmp_path / "out"), *FLAGS])
+    assert not (tmp_path / "out").exists()
+    (folder / "m.yaml").write_text("META: [{path: records.jsonl, ratio: 0.5}, {path: records.jsonl}]")
+    main([str(folder / "m.yaml"), str(tmp_path / "out"), "--resolution=64"])
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["records"] == COUNT * 3 // 2
 
 
 def test_without_captions_a_folder_is_packed_and_stays_without(folder: Path, tmp_path: Path) -> None:
@@ -192,6 +283,25 @@ def test_what_is_wrong_is_said_in_one_sentence(
     with pytest.raises(SystemExit):
         main([source, out, *FLAGS, "--quality=101"])
     assert "'101' is neither a number from 1 to 100 nor 'lossless'" in capsys.readouterr().err
+    for flag, said in (
+        ("--patch-size=0", "'0' is no"),
+        ("--workers=1000000000000", "from 1 to 1024"),
+        ("--shard-size=x", "'x' is no"),
+    ):
+        with pytest.raises(SystemExit):
+            main([source, out, *FLAGS, flag])
+        assert said in capsys.readouterr().err
+    for address in ("memory://a/packed", "https://a/packed"):
+        with pytest.raises(SystemExit, match=f"error: OUT {address} is no place to write to: expected a folder"):
+            main([source, address, *FLAGS])
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(SystemExit, match=r'OUT gs://a/packed is remote: run `pip install "svg_jax\[remote\]"`'):
+        main([source, "gs://a/packed", *FLAGS])
+    (tmp_path / "damaged").mkdir()
+    for text in ('{"source": ', "[]"):
+        (tmp_path / "damaged" / "pack.json").write_text(text)
+        with pytest.raises(SystemExit, match=r"damaged/pack\.json is damaged \(.*choose another OUT"):
+            main([source, str(tmp_path / "damaged"), *FLAGS])
     (tmp_path / "broken.jsonl").write_text("{}\n[]")
     with pytest.raises(SystemExit, match=r"not one of the 2 records could be used: .*broken\.jsonl:1 names no image"):
         main([str(tmp_path / "broken.jsonl"), out, *FLAGS])

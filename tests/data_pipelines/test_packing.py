@@ -45,6 +45,8 @@ def test_the_cut_is_the_mildest_that_fits() -> None:
 
 
 def test_what_cannot_be_packed_is_refused() -> None:
+    with pytest.raises(ValueError, match="pack=0 is no number of images in a sequence; it is at least 1"):
+        pack_tokens(IDS, 0, 12, 0)
     with pytest.raises(ValueError, match="4 captions do not fill rows of 3: choose a batch that is a multiple of 3"):
         pack_tokens(IDS, 3, 12, 0)
     with pytest.raises(ValueError, match="3 tokens have no room for the start tokens of 4 captions: choose 4 or more"):

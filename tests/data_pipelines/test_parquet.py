@@ -68,7 +68,18 @@ def test_rows_are_read_over_all_tables(tables: Path) -> None:
             assert images.read(record).getpixel((0, 0)) == (i, 0, 0)
         with pytest.raises(IndexError):
             source[9]
-        assert pickle.loads(pickle.dumps(source))[4] == source[4]
+
+
+def test_another_process_asks_no_table_again(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(tables)
+    source[4]
+    sent = pickle.dumps(source)
+    assert len(sent) < 2500  # the rows that were read are not in it
+    monkeypatch.setattr(files, "signature", None)
+    monkeypatch.setattr(parquet, "_footer", None)
+    arrived = pickle.loads(sent)
+    assert (arrived.signature, arrived.has_captions, len(arrived)) == (source.signature, True, 9)
+    assert [arrived[i] for i in range(9)] == [source[i] for i in range(9)]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import http.server
 import json
+import tarfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,7 +61,7 @@ def test_lists_mixtures_and_folders(tmp_path: Path) -> None:
 def test_shards_of_a_file_a_folder_or_a_pattern(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "shards [1]"
     folder.mkdir()
-    for name in (f"b{kind}", f"a{kind}", f"c2{kind}", "report.json"):
+    for name in (f"b{kind}", f"a{kind}", f"c2{kind}", "report.json", ".preview.png"):
         (folder / name).touch()
     a, b, c = (str(folder / f"{name}{kind}") for name in ("a", "b", "c2"))
     opened = open_source(a)
@@ -73,6 +74,17 @@ def test_shards_of_a_file_a_folder_or_a_pattern(tmp_path: Path, kind: str) -> No
     (folder / "x.parquet").touch()
     with pytest.raises(ValueError, match=r"shards \[1\] has files that end in .* and .*; expected one kind"):
         open_source(folder)
+
+
+@pytest.mark.parametrize("image", ["a.jpg", "n01440764/a.JPEG"])
+@pytest.mark.usefixtures("shards")
+def test_shards_among_images_are_refused(tmp_path: Path, image: str) -> None:
+    (tmp_path / "stray.tar").touch()
+    (tmp_path / image).parent.mkdir(exist_ok=True)
+    (tmp_path / image).touch()
+    with pytest.raises(ValueError, match=f"holds images, such as {image}, and shards: move one kind elsewhere"):
+        open_source(tmp_path)
+    assert open_source(tmp_path / "*.tar") == [str(tmp_path / "stray.tar")]
 
 
 @pytest.mark.parametrize("kind", list(sources.SHARDS))
@@ -94,7 +106,6 @@ def test_a_list_in_a_bucket_is_copied_once_for_each_version_of_it(cache: Path) -
     source = open_source("memory://lists/a.jsonl")
     assert source[0].path == "memory://lists/pictures/a.jpg"
     assert source[0].where == "memory://lists/a.jsonl:1"
-    assert source.beside("sizes.npz").parent == cache
     copies = sorted(cache.glob("*a.jsonl"))
     assert [copy.read_text() for copy in copies] == [LINE]
     mixture = open_source("memory://lists/mix.yaml")
@@ -124,6 +135,28 @@ def test_a_list_on_the_web(tmp_path: Path, address: str) -> None:
     assert open_source(f"{address}/a.jsonl", root="/data")[0].path == "/data/pictures/a.jpg"
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):
         open_source(f"{address}/none.jsonl")
+
+
+def test_paths_may_be_written_as_addresses(tmp_path: Path) -> None:
+    address, elsewhere = f"file://{tmp_path}", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    Image.new("RGB", (4, 4)).save(elsewhere / "a.png")
+    lines = [{"path": "a.png"}, {"path": f"{address}/elsewhere/a.png"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    mixture = f"META: [{{path: '{address}/a.jsonl', root: '{address}/elsewhere'}}, {{path: '{address}/elsewhere'}}]"
+    (tmp_path / "a.yaml").write_text(mixture)
+    for source in (open_source(f"{address}/a.yaml"), open_source(f"{address}/a.jsonl", root=f"{address}/elsewhere")):
+        assert {source[i].path for i in range(len(source))} == {str(elsewhere / "a.png")}
+    with tarfile.open(elsewhere / "a.tar", "w") as tar:
+        tar.add(elsewhere / "a.png", "a.png")
+    for name in ("elsewhere/a.tar", "elsewhere/*.tar"):
+        assert open_source(f"{address}/{name}")[0].where == f"{elsewhere}/a.tar:a.png"
+
+
+def test_a_mixture_in_a_mixture_is_refused_behind_a_query_too(tmp_path: Path, address: str) -> None:
+    (tmp_path / "mix.yaml").write_text("META: [{path: 'mix.yaml?version=1'}]")
+    with pytest.raises(ValueError, match=r"entry 1 is a mixture itself, .*mix\.yaml\?version=1; name its lists"):
+        open_source(f"{address}/mix.yaml")
 
 
 @pytest.mark.parametrize("name", ["none.jsonl", "none", "none.tar", "none/*.tar"])

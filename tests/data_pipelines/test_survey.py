@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -41,8 +42,23 @@ def test_what_is_seen_of_a_record(tmp_path: Path) -> None:
     assert seen.scale == 64 / 90
     assert seen.share_cut == pytest.approx(0.1)
     assert [(each.index, each.cause) for each in found.broken] == [(1, Cause.MISSING), (2, Cause.CAPTION)]
-    assert found.seconds > 0
-    assert found.cpu_seconds > 0
+    assert found.spent.computing > 0
+    assert 0 < found.spent.waiting < found.spent.total
+
+
+def test_hashes_and_tokens_take_no_time_from_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (100, 90)).save(tmp_path / "a.png")
+    clock = itertools.count()  # a second passes each time it is asked
+
+    def slow(data: bytes) -> bytes:
+        for _ in range(1000):
+            next(clock)
+        return data[:16]
+
+    monkeypatch.setattr("data_pipelines.survey.time.perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("data_pipelines.survey.content_hash", slow)
+    found = survey(open_source(tmp_path), SIZES, ByteTokenizer(), 10)
+    assert (found.spent.waiting, found.spent.total) == (1, 2)
 
 
 def test_the_torture_set_is_surveyed_with_every_cause(tmp_path: Path) -> None:

@@ -67,7 +67,17 @@ def test_records_are_read_over_all_shards(shards: Path) -> None:
             assert images.read(record).getpixel((0, 0)) == (i, 0, 0)
         with pytest.raises(IndexError):
             source[5]
-        assert pickle.loads(pickle.dumps(source))[4] == source[4]
+
+
+def test_another_process_asks_no_shard_again(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(shards)
+    sent = pickle.dumps(source)
+    assert len(sent) < 1500  # the index is not in it
+    monkeypatch.setattr(files, "signature", None)
+    monkeypatch.setattr(tars, "_scan", None)
+    arrived = pickle.loads(sent)
+    assert (arrived.signature, arrived.has_captions, len(arrived)) == (source.signature, True, 5)
+    assert [arrived[i] for i in range(5)] == [source[i] for i in range(5)]
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -182,6 +192,14 @@ def test_shards_without_records(tmp_path: Path) -> None:
         open_source(write(tmp_path / "a.tar", [("readme.md", b"nothing")]))
 
 
+def test_a_shard_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    path = write(Path(os.fsdecode(os.fsencode(tmp_path) + b"/s-\xff.tar")), numbered(0, 2))
+    for name in (path, tmp_path):
+        source = open_source(name)
+        assert source[1].captions == (Caption("number 1"),)
+        assert source.signature == open_source(name).signature
+
+
 def test_shards_are_scanned_once(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = open_source(shards)
     monkeypatch.setattr(tars, "_scan", None)
@@ -203,7 +221,7 @@ def test_remote_shards_are_read_in_parts(shards: Path) -> None:
         asked = server.asked.total()
         assert [source[i].captions[0].text for i in range(5)] == [f"number {i}" for i in range(5)]
         assert server.asked.total() == asked + 5
-        assert source.beside("sizes.npy").parent == Path(os.environ["SVG_CACHE"])
+        assert {path.suffix for path in Path(os.environ["SVG_CACHE"]).iterdir()} == {".members", ".records"}
         with pytest.raises(ValueError, match="gives no parts of files"):
             open_source(f"{server.url}/whole/s-000.tar")
 

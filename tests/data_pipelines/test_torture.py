@@ -16,9 +16,9 @@ from data_pipelines.batches import Batch, TextToImageBatches
 from data_pipelines.captions import choose
 from data_pipelines.grids import GridBatches
 from data_pipelines.loader import make_loader
-from data_pipelines.records import BadRecord, Cause, Record
+from data_pipelines.records import BadRecord, Cause, Record, Source
 from data_pipelines.sizes import image_sizes
-from data_pipelines.sources import Source, open_source
+from data_pipelines.sources import open_source
 from tests.data_pipelines import torture
 from tests.data_pipelines.torture import KINDS
 

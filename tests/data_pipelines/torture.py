@@ -1,7 +1,8 @@
 """Broken, hostile and merely unusual images and records, each with what should become of it.
 
 `write` makes the files and a list of them, `records.jsonl`: line i is kind i of `KINDS`. A cause of None stands for a
-record that can be trained on. Nothing is downloaded, and nothing is larger than a few megabytes on disk.
+record that can be trained on. Beside them lies an image whose name only folders and archives can hold. Nothing is
+downloaded, and nothing is larger than a few megabytes on disk.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import io
 import json
 import os
 import struct
+import tarfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +20,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from data_pipelines.folders import EXTENSIONS
 from data_pipelines.records import Cause
 
 SIZE = (96, 64)
+NO_TEXT = "no utf-8 \udcff.png"  # a name with the byte 255; JSON is text and cannot have it
 
 
 class Kind(NamedTuple):
@@ -48,9 +52,25 @@ def write(folder: Path) -> Path:
         if kind.make is not None:
             kind.make(folder / kind.name)
         lines.append(kind.line if kind.line is not None else record(kind.name))
+    (folder / NO_TEXT).write_bytes(encoded("PNG"))
     path = folder / "records.jsonl"
     path.write_bytes(b"\n".join(lines))
     return path
+
+
+def write_tar(folder: Path) -> tuple[Path, list[Cause | None]]:
+    """An archive of the images of the set that are ordinary files; its path, and the cause of each record."""
+    kinds = [
+        kind for kind in IMAGES if kind.make and kind.cause in _OF_CONTENT and Path(kind.name).suffix in EXTENSIONS
+    ]
+    named = [(kind.name, kind.cause) for kind in kinds] + [(NO_TEXT, None)]
+    with tarfile.open(folder / "images.tar", "w") as tar:
+        for number, (name, _) in enumerate(named):
+            data = (folder / name).read_bytes()
+            member = tarfile.TarInfo(f"{number:03d}/{name}")  # its own key: the name is used in several formats
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return folder / "images.tar", [cause for _, cause in named]
 
 
 def record(path: Any, **more: Any) -> bytes:
@@ -324,3 +344,5 @@ RECORDS = [
 ]  # fmt: skip
 
 KINDS = IMAGES + RECORDS
+
+_OF_CONTENT = {None, Cause.EMPTY, Cause.NOT_AN_IMAGE, Cause.TRUNCATED, Cause.DAMAGED, Cause.MODE}

@@ -11,10 +11,8 @@ import dataclasses
 import functools
 import io
 import json
-import os
 import shutil
 import tempfile
-import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,9 +22,11 @@ from absl import logging
 from etils import epath
 from PIL import Image
 
-from data_pipelines import arrayrecords, captions, files, images
-from data_pipelines.records import BadRecord, Record
-from data_pipelines.sources import Source, open_source
+from data_pipelines import arrayrecords, cache, files, images
+from data_pipelines.arrayrecords import printable
+from data_pipelines.captions import read_usable
+from data_pipelines.records import BadRecord, Record, Source
+from data_pipelines.sources import open_source
 
 LOSSLESS = "lossless"
 REPORTS = "reports"  # folder of one report a shard
@@ -40,8 +40,8 @@ class Settings:
     """What decides the content of all shards.
 
     Attributes:
-      source: path or address, as `open_source` takes it.
-      root: where its relative paths start from.
+      source: path or address, as `open_source` takes it on any machine: a path is absolute.
+      root: where its relative paths start from; likewise.
       signature: of the records that stand in it.
       num_records: in it.
       resolution: side in pixels of the square crop.
@@ -72,7 +72,7 @@ class Settings:
 
     def name_of(self, shard: int) -> str:
         """The file's."""
-        return f"pack-{shard:05d}-of-{self.num_shards:05d}.array_record"
+        return f"pack-{shard:05d}-of-{self.num_shards:05d}{arrayrecords.SUFFIX}"
 
 
 def pack_shard(shard: int, out: str, settings: Settings) -> None:
@@ -129,19 +129,15 @@ def encode(image: Image.Image, quality: int | str) -> bytes:
 @contextlib.contextmanager
 def writing(path: epath.Path) -> Iterator[Path]:
     """A local file to write; at the end it becomes `path`, whole or not at all."""
-    if files.is_remote(path):  # an object of a store appears once it is complete
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / path.name
+    if not files.is_remote(path):
+        with cache.writing(Path(path)) as file:
             yield file
-            with file.open("rb") as source, path.open("wb") as target:
-                shutil.copyfileobj(source, target, 1 << 23)
         return
-    partial = Path(path).with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / path.name
+        yield file
+        with file.open("rb") as source, path.open("wb") as target:  # an object appears once it is complete
+            shutil.copyfileobj(source, target, 1 << 23)
 
 
 def _packed(source: Source, settings: Settings, shard: int, broken: list[dict[str, Any]]) -> Iterator[Record]:
@@ -150,13 +146,11 @@ def _packed(source: Source, settings: Settings, shard: int, broken: list[dict[st
 
     def pack(index: int) -> Record | dict[str, Any]:
         try:
-            record = source[index]
-            if source.has_captions:
-                captions.choose(record, seed=0, epoch=0)  # as training would say that there is none
+            record = read_usable(source, index)
             image = images.read_for(record, sizes)
             return dataclasses.replace(record, image=encode(image, settings.quality), size=image.size)
         except BadRecord as error:
-            return {"index": index, "cause": error.cause, "message": str(error)}
+            return {"index": index, "cause": error.cause, "message": printable(str(error))}
 
     indices = settings.records_of(shard)
     with ThreadPoolExecutor(_THREADS) as pool:
