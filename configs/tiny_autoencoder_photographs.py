@@ -3,8 +3,8 @@ r"""Autoencoder-P or -R on photographs of many shapes, with a discriminator from
 python -m svg_jax.train_autoencoder --config=configs/tiny_autoencoder_photographs.py:r \
     --workdir=out/demo/autoencoder_photographs_r --config.data.path=out/demo/photographs_data/records.jsonl
 
-`:p` leaves the residual branch out. The vision model has 4 channels, so that a patch of 192 numbers keeps its colour and
-little else: as in the real one, detail is what the branch is for.
+`:p` leaves the residual branch out. The vision model has 4 channels: of a patch of 192 numbers it keeps the colour and
+little else. As in the real one, detail is what the branch is for.
 Hardware: two CPU cores, a few minutes.
 Expected: with the branch, reconstructions are closer at equal steps (benchmarks/README.md).
 """
