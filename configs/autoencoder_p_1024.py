@@ -4,7 +4,7 @@ python -m svg_jax.train_autoencoder --config=configs/autoencoder_p_1024.py --wor
     --config.data.path=train.jsonl --config.loss.lpips=weights/lpips \
     --config.init_from=gs://BUCKET/autoencoder_p_512
 
-Hardware: the release had 8 GPUs with 3 images each. TPUs: benchmarks/README.md has what fits a chip.
+Hardware: the release had 8 GPUs with 3 images each. TPUs: benchmarks/README.md has what is known.
 Expected: the release publishes no losses. Ours: none yet, nobody has run it at full size.
 """
 

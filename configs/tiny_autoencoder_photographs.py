@@ -1,4 +1,4 @@
-r"""Autoencoder-P or -R on photographs of many shapes, with a discriminator from half-way on; smaller than the demo's.
+r"""Autoencoder-P or -R on photographs of many shapes, with a discriminator in the last quarter; tiny.
 
 python -m svg_jax.train_autoencoder --config=configs/tiny_autoencoder_photographs.py:r \
     --workdir=out/demo/autoencoder_photographs_r --config.data.path=out/demo/photographs_data/records.jsonl
@@ -19,10 +19,9 @@ def get_config(kind: str = "r") -> ConfigDict:
     if kind not in ("p", "r"):
         raise ValueError(f"configs/tiny_autoencoder_photographs.py:{kind}: say :p or :r")
     config = tiny_autoencoder.get_config()
-    config.num_train_steps = 600
+    config.num_train_steps = 800
     config.autoencoder.encoder.update(dim=4, hidden_dim=16)
     config.autoencoder.residual.out_channels = 8  # (released)
-    config.autoencoder.residual.match = "per_image"  # as reconstructions are then drawn; "batch" is the released way
     if kind == "p":
         with config.ignore_type():
             config.autoencoder.residual = None
@@ -33,8 +32,9 @@ def get_config(kind: str = "r") -> ConfigDict:
     config.loss.disc_weight = 0.5
     config.loss.disc_channels = 16
     config.loss.disc_num_layers = 2
-    config.loss.disc_start = 300
+    config.loss.disc_start = 600
+    config.optim.lr = 1e-3
     config.loss.convention = "list"
-    config.checkpoint.every = 300
-    config.sample.every = 300
+    config.checkpoint.every = 400
+    config.sample.every = 400
     return config

