@@ -98,6 +98,17 @@ def read(record: Record) -> Image.Image:
         return decode(_file(record), record.path)
 
 
+@contextlib.contextmanager
+def opened(record: Record) -> Iterator[Image.Image]:
+    """The image of a record as Pillow opens it, not yet decoded: neither turned nor converted.
+
+    Raises:
+      BadRecord: it cannot be read, here or while it is decoded; the message begins with where the record stands.
+    """
+    with _about(f"{record.where}:"), _opened(_file(record), record.path) as image:
+        yield image
+
+
 def read_for(record: Record, sizes: Sequence[Size], words: tuple[int, int] | None = None) -> Image.Image:
     """The image of a record at its nearest size: `nearest_size` and `crop` of what `read` gives.
 
@@ -118,7 +129,7 @@ def read_for(record: Record, sizes: Sequence[Size], words: tuple[int, int] | Non
     Raises:
       BadRecord: it cannot be read; the message begins with where the record stands.
     """
-    with _about(f"{record.where}:"), _opened(_file(record), record.path) as image:
+    with opened(record) as image:
         size = _draft(image, sizes)
         rgb = _upright_rgb(image)
     return crop(rgb, size or nearest_size(rgb.size, sizes), words, exact=False)

@@ -343,9 +343,12 @@ class _Watch(threading.Thread):
     def _on_abort(self) -> None:
         if self.failed or self._stopped.is_set():
             os._exit(1 if self.failed else self.code)  # all is done, and another one did not leave in time
-        time.sleep(1)  # a process that is killed closes its sockets one after the other
-        if self._place.number and not _answers(str(distributed.global_state.coordinator_address)):
-            _end(f"process 0 of {self._place.total} is gone (it closed the connection): this job ends; {AGAIN}")
+        if self._place.number == 0:
+            return
+        for _ in range(10):
+            time.sleep(1)  # a process that is killed closes its sockets one after the other, on a busy host slowly
+            if not _answers(str(distributed.global_state.coordinator_address)):
+                _end(f"process 0 of {self._place.total} is gone (it closed the connection): this job ends; {AGAIN}")
 
 
 def _is_broken(error: BaseException) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import io
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
@@ -12,8 +11,8 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from data_pipelines import files
-from data_pipelines.records import BadRecord, Cause, Record
+from data_pipelines import images
+from data_pipelines.records import BadRecord, Record
 
 Value = TypeVar("Value")
 
@@ -27,14 +26,8 @@ def read(record: Record, side: int) -> Float[np.ndarray, "side side 3"]:
     Raises:
         BadRecord: It cannot be read as an image.
     """
-    content = files.read_bytes(record.path) if record.image is None else record.image
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return centre_square(image.convert("RGB"), side)
-    # Pillow's decoders answer broken bytes with OSError, SyntaxError, struct.error, IndexError and many others.
-    except Exception as error:
-        message = f"image {record.path} cannot be read ({type(error).__name__}: {error})"
-        raise BadRecord(Cause.DAMAGED, message) from error
+    with images.opened(record) as image:
+        return centre_square(image.convert("RGB"), side)
 
 
 def centre_square(image: Image.Image, side: int) -> Float[np.ndarray, "side side 3"]:

@@ -182,7 +182,7 @@ def test_copies_of_many_bytes_are_announced(
 ) -> None:
     with fsspec.open("memory://large/s.array_record", "wb") as file:
         file.write((shards / "s-0.array_record").read_bytes())
-    with caplog.at_level("WARNING"):
+    with caplog.at_level("WARNING", logger="absl"):
         open_source("memory://large/s.array_record")
         assert not caplog.messages
         monkeypatch.setattr(arrayrecords, "_MANY_BYTES", 1000)
