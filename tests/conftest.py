@@ -29,6 +29,13 @@ jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forgotten() -> Iterator[None]:
+    """What one file compiled, no other one needs: kept, it takes several GiB in each test process."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def uncached() -> Iterator[None]:
     """Programs for absent chips cannot be read back from JAX's cache: none are put there."""
