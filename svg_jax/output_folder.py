@@ -6,11 +6,15 @@ So any number of processes may write into one folder, any of them may be killed,
 from __future__ import annotations
 
 import json
+import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from etils import epath
+
+ORIGIN = "origin"
+"""The section of settings, at any depth, that says where things lay: it is kept, and may differ in the next run."""
 
 
 def output_folder(folder: str, settings: Mapping[str, Any], *, inside: str, results: str) -> epath.Path:
@@ -18,7 +22,7 @@ def output_folder(folder: str, settings: Mapping[str, Any], *, inside: str, resu
 
     Args:
         folder: Local or `gs://`.
-        settings: Everything that the results depend on, as JSON can hold it.
+        settings: Everything that the results depend on, as JSON can hold it, and what is known beside that as `ORIGIN`.
         inside: The folder in it that is to hold the results.
         results: What they are, for messages.
 
@@ -34,19 +38,28 @@ def output_folder(folder: str, settings: Mapping[str, Any], *, inside: str, resu
     file = path / "settings.json"
     text = json.dumps(settings, indent=2)
     if not file.exists():
-        write_whole(file, text)
-        return path
-    try:
-        before, now = flattened(json.loads(file.read_text())), flattened(json.loads(text))
-    except (ValueError, AttributeError) as error:
+        write_first(file, text)
+    try:  # also what was just written: another process may have been faster
+        before = json.loads(file.read_text())
+        refuse_others(folder, before, json.loads(text), results)
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise ValueError(f"{file} cannot be read ({error}): choose another --out, or remove it") from error
-    for key in sorted({*before, *now}):
-        if before.get(key) != now.get(key):
+    return path
+
+
+def refuse_others(folder: str, before: Mapping[str, Any], now: Mapping[str, Any], results: str) -> None:
+    """Whether results of these settings may come beside those that are there; `ORIGIN` is not looked at.
+
+    Raises:
+        ValueError: They may not; the message names the first setting that differs.
+    """
+    there, here = flattened(before), flattened(now)
+    for key in sorted({*there, *here}):
+        if there.get(key) != here.get(key) and ORIGIN not in key.split("."):
             raise ValueError(
-                f"{folder} holds {results} of {key} = {before.get(key)}, and now it is {now.get(key)}: "
+                f"{folder} holds {results} of {key} = {there.get(key)}, and now it is {here.get(key)}: "
                 "choose another --out, or remove that folder"
             )
-    return path
 
 
 def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -57,8 +70,30 @@ def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def write_whole(file: epath.Path, content: str | bytes) -> None:
-    """Whole or not at all, whoever else writes the same file."""
+def write_first(file: epath.Path, content: str) -> None:
+    """Whole or not at all, and not where another process has written the file meanwhile."""
     part = file.parent / f".{file.name}.{uuid.uuid4().hex[:8]}.part"
-    part.write_bytes(content.encode() if isinstance(content, str) else content)
+    part.write_text(content)
+    try:
+        os.link(part, file)  # in one step, unlike a look and a replacement
+    except FileExistsError:
+        pass
+    except OSError:  # no such links, as on gs://: who comes last wins, which those before see when they read it back
+        write_whole(file, content)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_whole(file: epath.Path, content: str | bytes | Iterable[str]) -> None:
+    """Whole or not at all, whoever else writes the same file; pieces of text one after the other, as they come."""
+    part = file.parent / f".{file.name}.{uuid.uuid4().hex[:8]}.part"
+    pieces = [content] if isinstance(content, str | bytes) else content
+    try:
+        with part.open("wb") as stream:
+            for piece in pieces:
+                # Half a surrogate pair, which JSON and file names can hold, is no text.
+                stream.write(piece.encode(errors="replace") if isinstance(piece, str) else piece)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
     part.replace(file)

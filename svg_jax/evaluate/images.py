@@ -14,20 +14,29 @@ from PIL import Image
 from data_pipelines import images
 from data_pipelines.records import BadRecord, Record
 
+Key = TypeVar("Key")
 Value = TypeVar("Value")
 
 
 def read(record: Record, side: int) -> Float[np.ndarray, "side side 3"]:
     """The centre square of an image file, in [-1, 1].
 
-    Converted to RGB by Pillow as torchvision's `ImageFolder` does: not turned by its EXIF orientation, and without its
-    transparency.
+    Raises:
+        BadRecord: It cannot be read as an image.
+    """
+    return centre_square(open_rgb(record), side)
+
+
+def open_rgb(record: Record) -> Image.Image:
+    """An image file, converted to RGB by Pillow as torchvision's `ImageFolder` does it.
+
+    It is not turned by its EXIF orientation, and loses its transparency.
 
     Raises:
         BadRecord: It cannot be read as an image.
     """
     with images.opened(record) as image:
-        return centre_square(image.convert("RGB"), side)
+        return image.convert("RGB")
 
 
 def centre_square(image: Image.Image, side: int) -> Float[np.ndarray, "side side 3"]:
@@ -51,23 +60,23 @@ def centre_square(image: Image.Image, side: int) -> Float[np.ndarray, "side side
 
 
 def read_ahead(
-    read: Callable[[int], Value], groups: Sequence[Sequence[int]], num_threads: int
+    read: Callable[[Key], Value], groups: Sequence[Sequence[Key]], num_threads: int
 ) -> Generator[list[Value | BadRecord], None, None]:
-    """What `read` gives for each index, a group at a time, or the `BadRecord` that it raises.
+    """What `read` gives for each index or other key, a group at a time, or the `BadRecord` that it raises.
 
     One group is read while the caller works on the one before; no more is held.
     """
 
-    def attempt(index: int) -> Value | BadRecord:
+    def attempt(key: Key) -> Value | BadRecord:
         try:
-            return read(index)
+            return read(key)
         except BadRecord as error:
             return error
 
     with ThreadPoolExecutor(num_threads) as pool:
         pending: collections.deque[list[Future[Value | BadRecord]]] = collections.deque()
         for group in groups:
-            pending.append([pool.submit(attempt, index) for index in group])
+            pending.append([pool.submit(attempt, key) for key in group])
             if len(pending) > 1:
                 yield [future.result() for future in pending.popleft()]
         while pending:

@@ -23,17 +23,16 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 from PIL import Image
-from tqdm import tqdm
 
 from data_pipelines.records import BadRecord, Source
 from data_pipelines.sources import open_source
-from svg_jax import assemble, distributed
+from svg_jax import assemble
 from svg_jax.evaluate import images as files
-from svg_jax.evaluate.fid import bias
+from svg_jax.evaluate.fid.moments import bias
 from svg_jax.evaluate.image_metrics import compared, psnr, ssim, stored
 from svg_jax.evaluate.networks import load_inception, load_lpips
 from svg_jax.evaluate.report import rank, write_report
-from svg_jax.evaluate.results import Results
+from svg_jax.evaluate.results import Results, at_least_one, conclude, work_through
 from svg_jax.flow.names import unknown
 from svg_jax.loading import Loaded, find_autoencoder, open_autoencoder
 from svg_jax.metrics import side_by_side
@@ -48,7 +47,6 @@ logger = logging.getLogger("svg_jax")
 METRICS = ("psnr", "ssim", "lpips", "rfid")
 PICTURES = 8  # from each end of a batch that are kept for the page, and shown there
 PRECISION = "highest"  # of matrix products and convolutions: float32 on every chip
-TOGETHER = 24 * 3600.0  # seconds that the processes of a job wait for the last one
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
@@ -80,9 +78,7 @@ def run(options: argparse.Namespace) -> None:
         FileNotFoundError: There is no checkpoint or no data.
     """
     metrics = parse_metrics(options.metrics)
-    for name in ("resolution", "batch_size", "max_images", "at_once", "num_threads"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+    at_least_one(options, "resolution", "batch_size", "max_images", "at_once", "num_threads")
     source = open_source(options.data, options.root)
     count = min(len(source), options.max_images or len(source))
     if "rfid" in metrics and count < 2:
@@ -108,23 +104,13 @@ def run(options: argparse.Namespace) -> None:
     todo = [number for number in range(len(groups))[shard::shards] if not results.holds(number)]
     read = functools.partial(read_image, source, options.data, options.resolution)
     batches = files.read_ahead(read, [groups[number] for number in todo], options.num_threads)
-    with tqdm(total=sum(map(len, groups[shard::shards])), unit="image") as progress, contextlib.closing(batches):
-        for turn in range(-(-len(groups) // shards)):  # as many in every process, which ask together whether to end
-            number = turn * shards + shard
-            if number in todo:
-                part = judge_batch(judge, groups[number], next(batches), options.batch_size, mesh)
-                results.save(number, part)
-            progress.update(len(groups[number]) if number < len(groups) else 0)
-            if distributed.preempted(turn):
-                raise SystemExit(distributed.EXIT_PREEMPTED)
 
-    distributed.barrier("evaluated", TOGETHER)
-    if distributed.is_first():
-        if missing := results.missing(len(groups)):
-            print(f"{len(groups) - len(missing)} of {len(groups)} batches are there: the last shard writes the report")
-        else:
-            print(write_report(results, len(groups)))
-    distributed.barrier("reported", TOGETHER)
+    def evaluate(number: int) -> None:
+        results.save(number, judge_batch(judge, groups[number], next(batches), options.batch_size, mesh))
+
+    with contextlib.closing(batches):
+        work_through(len(groups), options.shard, todo, evaluate, unit="image", size=lambda number: len(groups[number]))
+    conclude(results, len(groups), "batches", lambda: write_report(results, len(groups)))
 
 
 def parse_metrics(text: str) -> tuple[str, ...]:

@@ -1,25 +1,25 @@
-"""From the parts of a reconstruction run to its report: JSON, a line an image, a table, and a page with pictures."""
+"""From the parts of a reconstruction run to its report, with the worst and the best pictures."""
 
 from __future__ import annotations
 
-import base64
 import csv
 import heapq
 import io
-import json
 import math
 from collections.abc import Mapping
-from importlib import resources
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from PIL import Image
 
-from svg_jax.evaluate.fid import Moments, bias, frechet_distance
+from svg_jax.evaluate.fid.moments import Moments, bias, frechet_distance
 from svg_jax.evaluate.results import Part, Results
-from svg_jax.output_folder import flattened
+from svg_jax.evaluate.scores import Card, Report, Score, number
+from svg_jax.evaluate.scores import write_report as write_files
 
 PICTURES = 8  # of each end on the page
+SPREAD = ("mean", "median", "worst", "best")  # of the values an image
 SIGNS = {"psnr": 1.0, "ssim": 1.0, "lpips": -1.0}  # of a value an image: 1 where more is better
 TITLES = {"rfid": "rFID", "psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS"}
 COLUMNS = {"rFID": "rfid", "PSNR": "psnr", "LPIPS": "lpips", "SSIM": "ssim"}  # of the release's `metrics.csv`
@@ -42,7 +42,8 @@ class Picture(NamedTuple):
 
     rank: float
     place: int  # in the data
-    caption: str
+    name: str
+    numbers: str
     jpeg: bytes
 
 
@@ -112,21 +113,16 @@ def _pictures(part: Part, values: Mapping[str, np.ndarray]) -> list[Picture]:
     for key in part:
         if key.startswith("picture_"):
             i = int(key.removeprefix("picture_"))
-            numbers = ", ".join(f"{TITLES[name]} {_number(v[i])}" for name, v in values.items())
-            caption = f"{part['name'][i]}: {numbers}" if numbers else str(part["name"][i])
-            found.append(Picture(float(rank(part)[i]), int(part["index"][i]), caption, part[key].tobytes()))
+            numbers = ", ".join(f"{TITLES[name]} {number(v[i])}" for name, v in values.items())
+            name, jpeg = str(part["name"][i]), part[key].tobytes()
+            found.append(Picture(float(rank(part)[i]), int(part["index"][i]), name, numbers, jpeg))
     return found
 
 
 def _spread(values: Float[np.ndarray, " images"], sign: float) -> dict[str, float]:
     ordered = values[np.argsort(np.where(np.isnan(values), -np.inf, sign * values), kind="stable")]
     middle = ordered[(len(ordered) - 1) // 2 : len(ordered) // 2 + 1].mean()
-    return {
-        name: float(v)
-        for name, v in zip(
-            ("mean", "median", "worst", "best"), (values.mean(), middle, ordered[0], ordered[-1]), strict=True
-        )
-    }
+    return {name: float(v) for name, v in zip(SPREAD, (values.mean(), middle, ordered[0], ordered[-1]), strict=True)}
 
 
 def _warnings(scores: Mapping[str, float], num_images: int, num_bad: int, num_broken: int) -> list[str]:
@@ -146,40 +142,34 @@ def _warnings(scores: Mapping[str, float], num_images: int, num_bad: int, num_br
 
 
 def write_report(results: Results, num_parts: int) -> str:
-    """Writes `results.json`, `images.jsonl`, `results.md`, `metrics.csv` and `index.html`; returns the table.
-
-    Numbers that JSON cannot hold are null there.
+    """Writes `metrics.csv` and the files of `scores.write_report`; returns the tables and the page's address.
 
     Raises:
         ValueError: No image could be read, or rFID has fewer than 2.
     """
     summary = summarise(results, num_parts)
-    report = {
-        "scores": summary.scores,
-        "per_image": summary.per_image,
-        "num_images": len(summary.images) - summary.num_bad,
-        "num_bad": summary.num_bad,
-        "warnings": summary.warnings,
-        "settings": results.settings,
-    }
-    table = markdown(summary)
-    results.write("images.jsonl", "".join(json.dumps(_plain(row), ensure_ascii=False) + "\n" for row in summary.images))
-    results.write("results.json", json.dumps(_plain(report), indent=2, ensure_ascii=False))
-    results.write("results.md", f"# Reconstruction\n\n{table}\n## Settings\n\n{_listed(results.settings)}")
     results.write("metrics.csv", release_row(summary.scores))
-    results.write("index.html", page(results, summary))
-    return f"{table}\n{results.folder / 'index.html'}"
+    num_images = len(summary.images) - summary.num_bad
+    spread = [[TITLES[name], *(number(values[key]) for key in SPREAD)] for name, values in summary.per_image.items()]
+    report = Report(
+        title=f"Reconstruction of {num_images:,} images",
+        settings=results.settings,
+        scores=[Score(name, value, count=num_images, title=TITLES[name]) for name, value in summary.scores.items()],
+        warnings=summary.warnings,
+        images=summary.images,
+        cards=[_card("worst", picture) for picture in summary.worst]
+        + [_card("best", picture) for picture in summary.best],
+        more={"per_image": summary.per_image, "num_images": num_images, "num_bad": summary.num_bad},
+        tables={"Over images": [["", *SPREAD], *spread]} if spread else {},
+    )
+    return write_files(results.folder, report)
 
 
-def markdown(summary: Summary) -> str:
-    """The scores as a table, and the warnings below it."""
-    lines = ["| metric | score | mean over images | median | worst | best |", "|---|---|---|---|---|---|"]
-    for name, score in summary.scores.items():
-        spread = summary.per_image.get(name, {})
-        cells = [_number(spread[key]) if spread else "" for key in ("mean", "median", "worst", "best")]
-        lines.append(f"| {TITLES[name]} | {_number(score)} | {' | '.join(cells)} |")
-    count = f"\n{len(summary.images) - summary.num_bad:,} images.\n"
-    return "\n".join(lines) + "\n" + count + "".join(f"\nWarning: {text}.\n" for text in summary.warnings)
+def _card(end: str, picture: Picture) -> Card:
+    with Image.open(io.BytesIO(picture.jpeg)) as image:
+        size = image.size
+    shown = "input, reconstruction, difference (four times enlarged)"
+    return Card(picture.name, shown, end, None, picture.numbers, picture.jpeg, size)
 
 
 def release_row(scores: Mapping[str, float]) -> str:
@@ -189,38 +179,3 @@ def release_row(scores: Mapping[str, float]) -> str:
     writer.writerow(COLUMNS)
     writer.writerow(round(scores[name], 3) if name in scores else "" for name in COLUMNS.values())
     return text.getvalue()
-
-
-def page(results: Results, summary: Summary) -> str:
-    """The report as one HTML file that loads nothing from elsewhere."""
-    from jinja2 import Template
-
-    template = resources.files("svg_jax.evaluate").joinpath("reconstruction.html.j2").read_text()
-    sections = {
-        title: [(p.caption, "data:image/jpeg;base64," + base64.b64encode(p.jpeg).decode()) for p in shown]
-        for title, shown in (("Worst", summary.worst), ("Best", summary.best))
-    }
-    rows = [(TITLES[name], _number(score), summary.per_image.get(name, {})) for name, score in summary.scores.items()]
-    return Template(template, autoescape=True).render(
-        rows=rows,
-        number=_number,
-        count=len(summary.images) - summary.num_bad,
-        warnings=summary.warnings,
-        sections=sections,
-        settings=flattened(results.settings),
-    )
-
-
-def _number(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 10 else f"{value:.3f}"
-
-
-def _plain(value: Any) -> Any:
-    """With null for numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _listed(settings: Mapping[str, Any]) -> str:
-    return "".join(f"- {key}: {value}\n" for key, value in flattened(settings).items())

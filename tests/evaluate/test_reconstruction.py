@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import dataclasses
+import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +24,7 @@ from svg_jax import distributed
 from svg_jax.checkpoint import save_params
 from svg_jax.evaluate import networks
 from svg_jax.evaluate.__main__ import main
-from svg_jax.evaluate.fid import Moments, frechet_distance
+from svg_jax.evaluate.fid.moments import Moments, frechet_distance
 from svg_jax.evaluate.image_metrics import compared, psnr, ssim, stored
 from svg_jax.evaluate.images import centre_square
 from svg_jax.evaluate.reconstruction import pictures
@@ -200,13 +203,18 @@ def test_the_report_names_settings_and_what_was_left_out(folder: Path, out: Path
 
 def test_the_page_shows_worst_and_best_images_and_loads_nothing(out: Path) -> None:
     page = (out / "index.html").read_text()
-    assert page.count("data:image/jpeg;base64,") == 2 * 8
-    assert "http" not in page
-    assert 'src="data:' in page
+    found = re.findall(r'<script type="text/plain" class="card">(.*)\n([A-Za-z0-9+/=]+)</script>', page)
+    cards = [json.loads(about) for about, _ in found]
     good = sorted((line for line in lines(out) if "error" not in line), key=lambda line: line["lpips"])
-    worst, best = page.index("Worst:"), page.index("Best:")
-    assert worst < page.index(good[-1]["name"] + ":") < best < page.index(good[0]["name"] + ":", best)
-    assert good[0]["name"] + ":" not in page[worst:best]
+    names = [line["name"] for line in good]
+    assert [card["name"] for card in cards if card["task"] == "worst"] == names[:-9:-1]
+    assert [card["name"] for card in cards if card["task"] == "best"] == names[:8]
+    assert [card["task"] for card in cards] == ["worst"] * 8 + ["best"] * 8
+    assert f"LPIPS {good[-1]['lpips']:.4f}" in cards[0]["reason"]
+    for card, (_, picture) in zip(cards, found, strict=True):
+        assert Image.open(io.BytesIO(base64.b64decode(picture))).size == tuple(card["size"])
+        assert card["size"][0] >= 3 * card["size"][1]  # input, reconstruction, difference
+    assert "http" not in page
 
 
 def test_shards_give_what_one_run_gives(folder: Path, out: Path, tmp_path: Path) -> None:
@@ -325,8 +333,8 @@ def test_reconstructions_that_are_not_finite_are_told_and_shown_as_worst(tmp_pat
     shown = pictures(np.zeros((3, 8, 8, 3), np.uint8), np.full((3, 8, 8, 3), 9, np.uint8), rank(part))
     results.save(0, {**part, **shown})
     summary = summarise(results, 1)
-    assert [picture.caption[0] for picture in summary.worst] == ["b", "a", "c"]
-    assert [picture.caption[0] for picture in summary.best] == ["c", "a", "b"]
+    assert [picture.name for picture in summary.worst] == ["b", "a", "c"]
+    assert [picture.name for picture in summary.best] == ["c", "a", "b"]
     _, warning = summary.warnings
     assert warning.startswith("1 of 3 reconstructions hold values that are not finite, so there is no score")
     write_report(results, 1)

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from svg_jax.evaluate.results import Results
+from svg_jax import distributed
+from svg_jax.evaluate.results import Results, at_least_one, conclude, recorded_settings, work_through
 
 SETTINGS = {"step": 3, "metrics": ("psnr",), "autoencoder": {"weights": "ab"}}
 
@@ -51,3 +53,56 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(PermissionError, match="choose another --out"):
         Results(str(tmp_path / "file" / "out"), SETTINGS)
+
+
+def test_settings_of_before(tmp_path: Path) -> None:
+    assert recorded_settings(str(tmp_path / "none")) == {}
+    Results(str(tmp_path), SETTINGS)
+    assert recorded_settings(str(tmp_path)) == {**SETTINGS, "metrics": ["psnr"]}
+    for damaged in (b"{", b"[]", b"\xff"):
+        (tmp_path / "settings.json").write_bytes(damaged)
+        with pytest.raises(
+            ValueError, match=r"settings\.json (cannot be read|holds no settings).*choose another --out"
+        ):
+            recorded_settings(str(tmp_path))
+
+
+def test_counts_below_one_are_refused() -> None:
+    at_least_one(argparse.Namespace(a=1, num_b=None), "a", "num_b")
+    with pytest.raises(ValueError, match="--num-b is 0: it must be at least 1"):
+        at_least_one(argparse.Namespace(a=1, num_b=0), "a", "num_b")
+
+
+def test_every_process_takes_as_many_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else they would not agree on when to end."""
+    turns: list[int] = []
+
+    def preempted(turn: int) -> bool:
+        turns.append(turn)
+        return False
+
+    monkeypatch.setattr(distributed, "preempted", preempted)
+    done: list[int] = []
+    for shard in (0, 1, 2):
+        work_through(7, (shard, 3), [5, 1, 3, 6], done.append, unit="part", size=lambda number: number + 1)
+    assert done == [3, 6, 1, 5]
+    assert turns == [0, 1, 2] * 3
+
+
+def test_a_process_that_is_told_to_end_does_so_after_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "preempted", lambda turn: turn == 1)
+    done: list[int] = []
+    with pytest.raises(SystemExit) as end:
+        work_through(9, (1, 2), range(9), done.append, unit="part")
+    assert end.value.code == distributed.EXIT_PREEMPTED
+    assert done == [1, 3]
+
+
+def test_the_report_waits_for_the_last_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = Results(str(tmp_path), SETTINGS)
+    results.save(0, {})
+    conclude(results, 2, "parts", lambda: "the report")
+    assert capsys.readouterr().out == "1 of 2 parts are there: the last shard writes the report\n"
+    results.save(1, {})
+    conclude(results, 2, "parts", lambda: "the report")
+    assert capsys.readouterr().out == "the report\n"
