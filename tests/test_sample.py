@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from data_pipelines.text import train_word_tokenizer
-from svg_jax import sample
+from svg_jax import sample, sampling_flags
 from svg_jax.flow.solvers import Solver
 from tests.tiny import SIDE, write_tiny_weights
 
@@ -168,7 +168,7 @@ def test_out_of_memory_names_the_knobs(weights: Path, tmp_path: Path, monkeypatc
 
 def test_options_of_the_sde_solvers(weights: Path, tmp_path: Path) -> None:
     options = {"solver": "sde_heun", "diffusion_form": "linear", "last_step": "none"}
-    assert sample.solver_of(options) == Solver("sde_heun", diffusion_form="linear", last_step=None)
+    assert sampling_flags.solver_of(options) == Solver("sde_heun", diffusion_form="linear", last_step=None)
     out = tmp_path / "out"
     sample.main(arguments(weights, out, "--prompt", "a", "--solver", "sde_euler", "--diffusion-form", "linear"))
     (entry,) = json.loads((out / "data.json").read_text())
