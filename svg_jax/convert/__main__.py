@@ -48,8 +48,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         type=Path,
         help="diffusion transformer, autoencoder, vision model, latent statistics, the two files of LPIPS, the "
-        "Inception of FID (.pth, .ckpt, .pt, .safetensors), a checkpoint folder, a folder of transformers; what each "
-        "is, its content tells",
+        "Inception of FID, GenEval's detector as mmdet has it (.pth, .ckpt, .pt, .safetensors), a checkpoint folder, a "
+        "folder of transformers; what each is, its content tells",
     )
     command.add_argument(
         "--to", required=True, metavar="DIR", help="gets a workdir for each: DIR/dit, DIR/autoencoder, ..."

@@ -15,7 +15,7 @@ from etils import epath
 
 from configs import base
 from svg_jax.checkpoint import FOLDER, load_config, open_params, save_params
-from svg_jax.convert import kinds, sources
+from svg_jax.convert import detectors, kinds, sources
 from svg_jax.convert.formats import Selected, Weights
 from svg_jax.convert.kinds import LACKS, MEASURE, STATISTICS
 from svg_jax.convert.model import Model
@@ -99,7 +99,10 @@ def import_weights(
         opened["lpips"] = _completed(root / "lpips", *opened["lpips"], converted["lpips"])
     for kind, (source, model) in opened.items():
         with _replacing(root / kind) as folder:
-            save_params(str(folder), converted[kind], _config(source, model))
+            if kind == "detector":  # which runs in PyTorch, from a folder of transformers
+                detectors.write_folder(source.path, source.weights, Path(folder))
+            else:
+                save_params(str(folder), converted[kind], _config(source, model))
             for file in source.tokenizer:
                 (folder / "tokenizer").mkdir(exist_ok=True)
                 epath.Path(file).copy(folder / "tokenizer" / file.name)
@@ -109,6 +112,8 @@ def import_weights(
 
 def _parts(source: Source, model: Model) -> dict[str, Arrays]:
     """A source's tensors as ours, by the field of the train state; nothing is read yet."""
+    if model.kind == "detector":
+        return {}
     if model.kind == "statistics":
         names = dict(zip(STATISTICS, model.layout.split(","), strict=True))
         return {"frozen": {ours: source.weights[name] for ours, name in names.items()}}

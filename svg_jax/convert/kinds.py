@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from svg_jax.config import from_config
-from svg_jax.convert import autoencoders, encoders
+from svg_jax.convert import autoencoders, detectors, encoders
 from svg_jax.convert.model import DESCRIPTIONS, SIZES, Model, Shapes, count, inside, shape_of, shapes_of
 from svg_jax.convert.rules import Table
 from svg_jax.convert.tables import INCEPTION, LPIPS, LPIPS_FILES, NEXT_DIT, gemma2
@@ -48,6 +48,8 @@ def kind_of(names: Iterable[str]) -> str | None:
         return "statistics"
     if encoders.told_by(keys):
         return "encoder"
+    if detectors.told_by(keys):
+        return "detector"
     if any(key.startswith("decoder.") for key in keys) and (
         "decoder.conv_in.weight" in keys or any(key.startswith("encoder.") for key in keys)
     ):
@@ -102,6 +104,8 @@ def recognise(
         return _inception(structs)
     if kind == "statistics":
         return _statistics(structs)
+    if kind == "detector":
+        return Model("detector", "", {}, (), {}, (detectors.NOTE,))
     if kind == "decoder":
         raise ValueError(
             "these are the weights of a decoder alone: name the autoencoder's checkpoint, which has it inside"

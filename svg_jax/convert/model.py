@@ -32,6 +32,7 @@ DESCRIPTIONS = {
     "statistics": "latent statistics",
     "lpips": "perceptual distance (LPIPS, VGG16)",
     "inception": "Inception of FID",
+    "detector": "detector (Mask2Former with Swin, of mmdet)",
 }
 """The kinds, which are also the folders of what is imported."""
 
