@@ -96,6 +96,15 @@ def get_config() -> ConfigDict:
     config.sample.guidance_interval = (0.0, 1.0)  # (released): times at which guidance acts; 0 is noise
     config.sample.shift = 10.0  # (released) toward noise
     config.sample.batch_size = 4
+
+    # FID of the EMA weights during training: scalar `eval/fid`, the number of `python -m svg_jax.evaluate fid`.
+    config.eval = ConfigDict()
+    config.eval.fid_every = 0  # steps; 0: never
+    config.eval.fid_samples = 5_000  # (ours) pictures each time: for a trend; what is quoted needs 10,000 and more
+    config.eval.fid_batch_size = 0  # (ours) pictures at a time; 0: four a device
+    config.eval.fid_reference = placeholder(str)  # .npz of `svg_jax.evaluate fid --save-statistics`, or pytorch-fid's
+    config.eval.fid_inception = placeholder(str)  # workdir of the Inception of FID
+    config.eval.fid_prompts = placeholder(str)  # .txt, .json or .jsonl; by default captions of the training data
     return config
 
 

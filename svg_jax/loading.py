@@ -27,7 +27,7 @@ from svg_jax.models.lpips import LPIPS
 from svg_jax.models.stand_in import with_cosine_patches
 from svg_jax.models.vit import ViTConfig
 from svg_jax.nn.functional import Network, Params
-from svg_jax.parallel import param_shardings
+from svg_jax.parallel import on_host, param_shardings
 from svg_jax.state import TrainState, state_shardings
 from svg_jax.steps import Frozen, Networks
 
@@ -290,7 +290,7 @@ def digest(params: Params) -> str:
     """16 hexadecimal digits of the SHA-256 of names, types, shapes and numbers: the same weights, the same digits."""
     total = hashlib.sha256()
     for name, value in sorted(params.items()):
-        array = np.asarray(jax.device_get(value))
+        array = on_host(value) if isinstance(value, Array) else np.asarray(value)
         total.update(f"{name} {array.dtype} {array.shape}".encode())
         total.update(np.ascontiguousarray(array).tobytes())
     return total.hexdigest()[:16]

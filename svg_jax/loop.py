@@ -45,6 +45,7 @@ def fit(
     writer: MetricWriter,
     checkpoints: Checkpoints,
     draw: Callable[[TrainState], list[np.ndarray]] | None = None,
+    evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
     before_save: Callable[[TrainState], TrainState] = lambda state: state,
     preempted: Callable[[int], bool] | None = None,
     records: Callable[[int], Sequence[int]] = lambda step: (),
@@ -62,12 +63,14 @@ def fit(
         state: Where to begin.
         batches: Host batches from `state.step` on.
         config: `num_train_steps`, `batch_size`, `log_every`, `checkpoint`, `sample.every`, `data.max_bad_fraction`,
-            `guard`, `profile`.
+            `guard`, `profile`; `eval.fid_every` where there is something to evaluate.
         mesh: Where batches go.
         writer: Gets scalars and pictures.
         checkpoints: Gets states.
         draw: Pictures of the present state, its average on the devices, every `config.sample.every` steps and at the
             end.
+        evaluate: Scores of the present state, likewise every `config.eval.fid_every` steps and at the end, once what is
+            due is saved.
         before_save: What becomes of a state before it is saved, unless the machines are about to be taken away.
         preempted: Whether the machines are about to be taken away, after so many updates; the same answer everywhere.
         records: Which records the global batch of a step holds.
@@ -140,6 +143,10 @@ def fit(
                 checkpoints.wait()
                 logger.warning("preempted: saved after step %d; the same command goes on from there", done)
                 raise Preempted
+            if evaluate is not None and _due(done, stop, config.eval.fid_every):  # what is due is saved before
+                with held_up("eval"):
+                    scores = evaluate(dataclasses.replace(state, ema=on_device(state.ema)))
+                writer.scalars(done - 1, scores)
     if start >= stop:
         logger.info("nothing to do: %d steps are done, and config.num_train_steps is %d", start, stop)
     else:

@@ -224,7 +224,12 @@ class MetricWriter:
         self._events.add_image(name, grid, step, dataformats="HWC")
 
     def _show_progress(self, steps_done: int, record: Mapping[str, float]) -> None:
-        formats = {"loss": "loss {:.4f}", "images_per_second": "{:.1f} images/s", "mfu": "MFU {:.1%}"}
+        formats = {
+            "loss": "loss {:.4f}",
+            "images_per_second": "{:.1f} images/s",
+            "mfu": "MFU {:.1%}",
+            "eval/fid": "FID {:.2f}",
+        }
         parts = [text.format(record[name]) for name, text in formats.items() if name in record]
         if "images_per_second" in record:
             seconds = (self.total_steps - steps_done) * self.items_per_step / record["images_per_second"]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -207,6 +207,18 @@ def _gather_backward(
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
+
+
+def on_host(array: Array) -> np.ndarray:
+    """All of an array, also where parts of it lie on other hosts; then every process calls this."""
+    if not (array.is_fully_addressable or array.is_fully_replicated):
+        array = _copy_everywhere(array.sharding.mesh)(array)  # type: ignore[attr-defined]
+    return np.asarray(jax.device_get(array))
+
+
+@functools.cache
+def _copy_everywhere(mesh: Mesh) -> Callable[[Array], Array]:
+    return jax.jit(lambda x: x, out_shardings=replicated(mesh))
 
 
 def to_devices(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from svg_jax import assemble, loading
 from svg_jax.checkpoint import load_params, newest_step
 from svg_jax.flow.solvers import Solver, check_num_steps
 from svg_jax.nn.functional import Params
-from svg_jax.parallel import batch_multiple, batch_sharding, make_mesh, replicated
+from svg_jax.parallel import batch_multiple, batch_sharding, make_mesh, on_host
 from svg_jax.steps import (
     Frozen,
     Networks,
@@ -152,6 +152,15 @@ class Drawn(NamedTuple):
     prompt: str
     image: Image.Image
     latents: Latents
+
+
+class Computed(NamedTuple):
+    """A batch on the devices; rows after those of the jobs only fill it up."""
+
+    jobs: list[Job]
+    prompts: list[str]  # after enhancement
+    pixels: UInt8[Array, "batch h w 3"]
+    latents: Float[Array, "batch tokens channels"]
 
 
 class SVGPipeline:
@@ -279,6 +288,22 @@ class SVGPipeline:
         Raises:
             MemoryError: The devices have too little; the message says which settings need less.
         """
+        grid = self._grid(settings)
+        for batch in self.on_devices(jobs, settings):
+            with explained_out_of_memory():  # which the devices may say as late as here
+                images, latents = on_host(batch.pixels), on_host(batch.latents)
+            latents = latents.reshape(len(latents), *grid, -1)
+            yield [
+                Drawn(job, prompt, Image.fromarray(image), latent)
+                for job, prompt, image, latent in zip(batch.jobs, batch.prompts, images, latents, strict=False)
+            ]
+
+    def on_devices(self, jobs: Sequence[Job], settings: Settings) -> Iterator[Computed]:
+        """The same, left where they were computed: rows over the devices, also over those of other processes.
+
+        Raises:
+            MemoryError: The devices have too little; the message says which settings need less.
+        """
         if not jobs:
             return
         prompts = {job.prompt: job.prompt for job in jobs}
@@ -301,11 +326,7 @@ class SVGPipeline:
                 features, num_tokens = self._encode(texts + [negative] * size if guide else texts)
                 z = draw(self.params, features, num_tokens, self._rows(places), key, sampling)
                 pixels = self._decode(z, grid, settings.tile)
-                images, latents = self._gathered(pixels), self._gathered(z).reshape(size, *grid, -1)
-            yield [
-                Drawn(job, prompts[job.prompt], Image.fromarray(image), latent)
-                for job, image, latent in zip(batch, images, latents, strict=False)
-            ]
+            yield Computed(batch, [prompts[job.prompt] for job in batch], pixels, z)
 
     def enhance(self, prompts: Sequence[str], batch_size: int = 4) -> list[str]:
         """Prompts written out by the text encoder, a language model, and shortened as the release does.
@@ -323,7 +344,7 @@ class SVGPipeline:
             tokens, num_tokens = self._tokens(requests + requests[-1:] * (size - len(batch)), self._request_budget)
             with jax.set_mesh(self.mesh), explained_out_of_memory():
                 ids, counts = generate(self.frozen["text"], self._rows(tokens), self._rows(num_tokens))
-                ids, counts = self._gathered(ids), self._gathered(counts)
+                ids, counts = on_host(ids), on_host(counts)
             for prompt, row, count in zip(batch, ids, counts, strict=False):
                 enhanced.append(clean_enhancement(prompt, self.tokenizer.decode(row[:count].tolist())))
         return enhanced
@@ -336,14 +357,14 @@ class SVGPipeline:
         encode = self._jit(encode_images, self.networks.autoencoder)
         with jax.set_mesh(self.mesh), explained_out_of_memory():
             z = encode(self.frozen["autoencoder"], self._one(patches), self._one(grid))
-        return self._gathered(z)[0].reshape(rows, cols, -1)
+        return on_host(z)[0].reshape(rows, cols, -1)
 
     def decode(self, latents: Latents, tile: int | None = None) -> Image.Image:
         """The picture of normalised latents; `tile` as in `Settings`."""
         rows, cols, channels = latents.shape
         with jax.set_mesh(self.mesh), explained_out_of_memory():
             pixels = self._decode(self._one(latents.reshape(rows * cols, channels)), (rows, cols), tile)
-        return Image.fromarray(self._gathered(pixels)[0])
+        return Image.fromarray(on_host(pixels)[0])
 
     @property
     def _request_budget(self) -> int:
@@ -387,12 +408,6 @@ class SVGPipeline:
     def _one(self, array: np.ndarray) -> Array:
         """A batch of this alone: one copy for each device."""
         return self._rows(np.repeat(array[None], batch_multiple(self.mesh), axis=0))
-
-    def _gathered(self, array: Array) -> np.ndarray:
-        """On this host, also where its rows lie on several."""
-        if not array.is_fully_addressable:
-            array = jax.jit(lambda x: x, out_shardings=replicated(self.mesh))(array)
-        return np.asarray(jax.device_get(array))
 
     def _jit(self, function: Callable[..., Any], *leading: Any, **static: Any) -> Callable[..., Any]:
         """`function` with these arguments bound, compiled once for each set of them; what it gives is split by rows."""

@@ -20,6 +20,7 @@ from data_pipelines.text import load_tokenizer
 from svg_jax import assemble, distributed, loading
 from svg_jax import config as doors
 from svg_jax.checkpoint import Checkpoints, load_config, load_params
+from svg_jax.evaluate.fid.online import online_fid, plan_fid
 from svg_jax.guards import STOPPED
 from svg_jax.loop import fit
 from svg_jax.metrics import MetricWriter
@@ -64,6 +65,7 @@ def main(config: ConfigDict, workdir: str) -> None:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+        plan = plan_fid(config, mesh, batches.source) if config.eval.fid_every else None
 
         # The state: restored, or begun from another run, or fresh; each array is made where it lives.
         checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every)
@@ -82,6 +84,7 @@ def main(config: ConfigDict, workdir: str) -> None:
             state = jax.jit(program.create, out_shardings=shardings_of(program.state), donate_argnums=0)(params)
         frozen = loading.frozen(config, networks, mesh)
         pipeline = SVGPipeline(config, networks, state.ema, frozen, mesh, tokenizer)
+        fid = online_fid(plan, pipeline) if plan else None
 
         start = int(state.step)
         writer = MetricWriter(
@@ -99,7 +102,13 @@ def main(config: ConfigDict, workdir: str) -> None:
     logger.info("%.1fM parameters, mesh %s, %d records", count / 1e6, dict(mesh.shape), len(batches.source))
 
     # Compile and run.
-    with doors.one_sentence(*STOPPED, OSError), checkpoints, writer, contextlib.closing(loader), jax.set_mesh(mesh):
+    with (
+        doors.one_sentence(*STOPPED, OSError, MemoryError),
+        checkpoints,
+        writer,
+        contextlib.closing(loader),
+        jax.set_mesh(mesh),
+    ):
         compilations = 0
 
         def traced(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -122,6 +131,7 @@ def main(config: ConfigDict, workdir: str) -> None:
             writer=writer,
             checkpoints=checkpoints,
             draw=lambda state: [np.asarray(image) for image in pipeline.with_params(state.ema)(config.sample.prompts)],
+            evaluate=None if fid is None else lambda state: fid(state.ema),
             preempted=distributed.preempted,
             records=batches.records,
             data=restored and restored[1],

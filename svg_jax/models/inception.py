@@ -7,12 +7,15 @@ libraries: 1008 classes, average pools that leave padding out, and a max pool wh
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
+from svg_jax.nn.attention import current_platform
 from svg_jax.nn.linear import linear, sharded
 from svg_jax.nn.resize import resize
 
@@ -60,6 +63,7 @@ class Unit(nnx.Module):
             padding=padding or ("SAME" if stride == 1 else "VALID"),
             use_bias=False,
             kernel_metadata=sharded(None, None, "embed", "mlp"),
+            conv_general_dilated=unpadded if (stride, padding) == (1, "VALID") else jax.lax.conv_general_dilated,
             rngs=rngs,
         )
         self.bn = BatchNorm(outputs)
@@ -68,9 +72,31 @@ class Unit(nnx.Module):
         return jax.nn.relu(self.bn(self.conv(x)))
 
 
+def unpadded(
+    x: Features, kernel: Float[Array, "3 3 in out"], strides: tuple[int, int], padding: str, **settings: Any
+) -> Float[Array, "batch h-2 w-2 out"]:
+    """A convolution of stride 1 that stays inside the image.
+
+    On a CPU, XLA takes longer for that than for one with padding whose border is then cut off.
+    """
+    if current_platform() != "cpu":
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **settings)
+    return jax.lax.conv_general_dilated(x, kernel, strides, "SAME", **settings)[:, 1:-1, 1:-1]
+
+
 def average_pool(x: Features) -> Features:
-    """Over 3 x 3 pixels, of which those outside the image do not count."""
-    return nnx.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)
+    """Over 3 x 3 pixels, of which those outside the image do not count.
+
+    As sums of shifted images, which XLA computes faster than its own windows on a CPU.
+    """
+    total, count = x, jnp.ones((1, 1, 1, 1))
+    for axis in (1, 2):
+        size = x.shape[axis]
+        padded = jnp.pad(total, [(0, 0)] * axis + [(1, 1)] + [(0, 0)] * (3 - axis))
+        total = sum((jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i in range(3)), jnp.zeros_like(x))
+        inside = np.convolve(np.ones(size, np.float32), np.ones(3, np.float32))[1:-1]
+        count = count * inside.reshape([-1 if i == axis else 1 for i in range(4)])
+    return total / count
 
 
 def max_pool(x: Features) -> Features:
@@ -216,7 +242,11 @@ class Inception(nnx.Module):
 
     def __call__(self, images: UInt8[Array, "batch h w 3"]) -> Float[Array, "batch 2048"]:
         """Features of 8-bit images of any size: the mean over all places of what the last block makes."""
-        return self.blocks(resized(images))[-1]
+        return self.pooled(resized(images))
+
+    def pooled(self, x: Float[Array, "batch 299 299 3"]) -> Float[Array, "batch 2048"]:
+        """Features of images that are resized already, in [-1, 1]."""
+        return self.blocks(x)[-1]
 
     def blocks(
         self, x: Float[Array, "batch 299 299 3"]
@@ -230,8 +260,11 @@ class Inception(nnx.Module):
         return first, second, third, jnp.mean(x, axis=(1, 2))
 
     def logits(self, features: Float[Array, "batch 2048"]) -> Float[Array, "batch 1008"]:
-        """Of the classes that it was trained on."""
-        return self.fc(features)
+        """Of the classes that it was trained on, without the bias.
+
+        So the Inception Score takes them: its code multiplies the features by the kernel and leaves it at that.
+        """
+        return features @ self.fc.kernel[...]
 
 
 def resized(images: UInt8[Array, "batch h w 3"]) -> Float[Array, "batch 299 299 3"]:

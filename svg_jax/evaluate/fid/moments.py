@@ -6,6 +6,7 @@ Everything is float64 on the host: the difference of two covariances of 2048 cha
 from __future__ import annotations
 
 import dataclasses
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,15 @@ def bias(count: int) -> str | None:
     if count >= ENOUGH:
         return None
     return f"FID of {count:,} images is biased upward: compare it with others of as many; 50,000 are usual"
+
+
+class Gaussian(Protocol):
+    """What the distance looks at: Moments, or statistics from a file."""
+
+    @property
+    def mean(self) -> NDArray[np.float64]: ...
+
+    def covariance(self) -> NDArray[np.float64]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +64,7 @@ class Moments:
         return self.scatter / (self.count - 1)
 
 
-def frechet_distance(a: Moments, b: Moments) -> float:
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) for means m and covariances C.
 
     The trace of (C_a C_b)^(1/2) is the sum of the square roots of the eigenvalues of C_a^(1/2) C_b C_a^(1/2), which is

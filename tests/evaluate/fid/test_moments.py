@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from svg_jax.evaluate.fid import Moments, bias, frechet_distance
+from svg_jax.evaluate.fid.moments import Moments, bias, frechet_distance
 from tests.evaluate.vectors import arrays, facts
 
 

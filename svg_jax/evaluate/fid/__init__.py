@@ -1,0 +1,1 @@
+"""FID and its relatives, of folders and during training."""
