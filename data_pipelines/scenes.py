@@ -77,6 +77,16 @@ class Box(NamedTuple):
     size: int
 
 
+class Found(NamedTuple):
+    """A thing in a picture, and the first and one past the last of its columns and rows."""
+
+    thing: Thing
+    x1: int
+    y1: int
+    x2: int
+    y2: int
+
+
 @dataclass(frozen=True)
 class Scene:
     """What is asked for (``prompt``, ``things``) and one way of drawing it (``boxes``, one a thing)."""
@@ -219,13 +229,45 @@ def write_scenes(folder: str | Path, num: int, seed: int, held_out: bool = False
     return records
 
 
+def geneval_rows(scene: Scene) -> list[dict[str, Any]]:
+    """What GenEval's tasks ask of the picture of a scene, in the form of its metadata: a row a task, shapes as classes.
+
+    One thing: `single_object` and `colors`. Two or three alike: `counting`. Two of different shapes: `two_object` and
+    `color_attr`, and `position` where they stand beside or above one another; of things on a diagonal GenEval's margin
+    between one relation and two is narrower than their jitter. Two of one shape are no subject of GenEval.
+    """
+    shapes = [thing.shape for thing in scene.things]
+    plain = [{"class": shape, "count": 1} for shape in shapes]
+    coloured = [clause | {"color": thing.colour} for clause, thing in zip(plain, scene.things, strict=True)]
+    rows: dict[str, dict[str, Any]] = {}
+    if scene.kind == "one":
+        rows = {"single_object": {"include": plain}, "colors": {"include": coloured}}
+    elif scene.kind in ("pair", "trio"):
+        (shape,) = set(shapes)
+        more = [{"class": shape, "count": len(shapes) + 1}]
+        rows = {"counting": {"include": [{"class": shape, "count": len(shapes)}], "exclude": more}}
+    elif len(set(shapes)) == 2:
+        rows = {"two_object": {"include": plain}, "color_attr": {"include": coloured}}
+        (y1, x1), (y2, x2) = (PLACES[thing.place] for thing in scene.things)
+        if x1 == x2 or y1 == y2:
+            across, down = "right of" if x2 > x1 else "left of", "below" if y2 > y1 else "above"
+            relation = across if y1 == y2 else down  # of the second to the first
+            rows["position"] = {"include": [plain[0], plain[1] | {"position": [relation, 0]}]}
+    return [{"tag": tag, **row, "prompt": scene.prompt} for tag, row in rows.items()]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Judging
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def find_things(image: UInt8[np.ndarray, "h w 3"]) -> list[Thing]:
-    """The things in a picture, from its pixels alone.
+    """The things in a picture, from its pixels alone; see `detect`."""
+    return [found.thing for found in detect(image)]
+
+
+def detect(image: UInt8[np.ndarray, "h w 3"]) -> list[Found]:
+    """The things in a picture and where they are, from its pixels alone.
 
     A thing is a connected component (4 neighbours) of pixels that differ from the ground. Its colour is the palette
     entry nearest to its median pixel, its shape the one with the largest intersection over union when stretched to
@@ -233,7 +275,7 @@ def find_things(image: UInt8[np.ndarray, "h w 3"]) -> list[Thing]:
     """
     pixels = np.asarray(image, np.float64)
     labels = _components(np.abs(pixels - BACKGROUND).max(-1) > _MIN_CONTRAST)
-    things = []
+    detections = []
     for label in np.unique(labels[labels > 0]):
         mask = labels == label
         if mask.sum() < _MIN_AREA:
@@ -243,8 +285,9 @@ def find_things(image: UInt8[np.ndarray, "h w 3"]) -> list[Thing]:
         centre = (top + bottom + 1) / 2, (left + right + 1) / 2
         colour = _nearest(COLOURS, np.median(pixels[mask], axis=0))
         place = _nearest(PLACES, np.array(centre))
-        things.append(Thing(colour, _shape_of(mask[top : bottom + 1, left : right + 1]), place))
-    return things
+        thing = Thing(colour, _shape_of(mask[top : bottom + 1, left : right + 1]), place)
+        detections.append(Found(thing, int(left), int(top), int(right) + 1, int(bottom) + 1))
+    return detections
 
 
 def _nearest(table: Mapping[str, tuple[int, ...]], value: Float[np.ndarray, " d"]) -> str:

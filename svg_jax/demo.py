@@ -17,13 +17,14 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
 
@@ -36,6 +37,8 @@ from svg_jax import assemble
 from svg_jax.autoencoder_steps import reconstruct
 from svg_jax.checkpoint import load_config
 from svg_jax.config import one_sentence
+from svg_jax.evaluate.geneval.rules import TASKS, totals
+from svg_jax.evaluate.geneval.scenes import score_scenes, write_scene_report
 from svg_jax.loading import find_autoencoder, open_autoencoder
 from svg_jax.parallel import make_mesh
 from svg_jax.pipeline import SVGPipeline
@@ -50,6 +53,7 @@ ENVIRONMENT = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 JUDGED = 96  # pictures of each set
+GENEVAL = (*TASKS, "overall")
 TRAIN_SEED, TEST_SEED, HELD_OUT_SEED = 0, 1, 2
 
 
@@ -163,10 +167,22 @@ class Demo:
                 "generated, unseen scenes of all kinds": agreement(drawn_test, test),
                 "chance for those": scenes.chance_levels(test),
             }
+            self.report["GenEval"] = self.geneval(drawn_test, test)
         captions = [scene.prompt for scene in single[:8] + test[:16]]
         labelled_grid(drawn_single[:8] + drawn_test[:16], captions).save(self.out / "samples.png")
         pairs = [np.concatenate(pair, axis=1) for pair in zip(map(scenes.render, test), reconstructed, strict=True)]
         labelled_grid(pairs[:8], ["scene | reconstruction"] * 8).save(self.out / "reconstructions.png")
+
+    def geneval(self, drawn: list[np.ndarray], asked: list[scenes.Scene]) -> dict[str, dict[str, float]]:
+        """The rules of GenEval on pictures and, for what they make of perfect ones, on the scenes as they are rendered.
+
+        The page `geneval/index.html` shows the former with their verdicts.
+        """
+        scores = write_scene_report(epath.Path(self.out / "geneval"), drawn, asked)
+        perfect = score_scenes([scenes.render(scene) for scene in asked], asked)
+        rendered = totals((one.metadata, one.verdict.correct) for one in perfect)
+        found = {"scenes as rendered": rendered, "generated, unseen scenes of all kinds": scores}
+        return {name: {score.name: score.value for score in some} for name, some in found.items()}
 
     def reconstruct(self, pictures: list[np.ndarray]) -> list[np.ndarray]:
         """Pictures of one square size through encoder and decoder."""
@@ -189,16 +205,15 @@ class Demo:
         page = template.render(
             report=self.report,
             aspects=scenes.ASPECTS,
+            tasks=GENEVAL,
             samples=data_address(self.out / "samples.png"),
             reconstructions=data_address(self.out / "reconstructions.png"),
             curve=curve([line["loss"] for line in lines]),
             steps=int(lines[-1]["step"]) + 1,
         )
         (self.out / "index.html").write_text(page)
-        width = max(map(len, self.report["shares that agree"]))
-        print(f"\n{'':{width}}  " + "  ".join(f"{aspect:>8}" for aspect in scenes.ASPECTS))
-        for name, shares in self.report["shares that agree"].items():
-            print(f"{name:{width}}  " + "  ".join(f"{shares[aspect]:8.2f}" for aspect in scenes.ASPECTS))
+        for title, columns in (("shares that agree", scenes.ASPECTS), ("GenEval", GENEVAL)):
+            print(f"\n{table(self.report[title], columns)}")
         photographs = self.report["photographs"]
         print(
             f"\nphotographs: {len(photographs['grids (rows, cols) in the first five batches'])} aspect ratios, "
@@ -267,6 +282,17 @@ def config_file(name: str) -> str:
 def agreement(pictures: Sequence[np.ndarray], asked: Sequence[scenes.Scene]) -> dict[str, float]:
     """The share of pictures that show what was asked, by aspect."""
     return scenes.agreement([scenes.find_things(picture) for picture in pictures], asked)
+
+
+def table(rows: Mapping[str, Mapping[str, float]], columns: Sequence[str]) -> str:
+    """Shares in lines, for a terminal; a dash where a row has none."""
+    width = max(map(len, rows))
+    widths = [max(len(column), 8) for column in columns]
+    lines = ["  ".join([" " * width, *(f"{column:>{w}}" for column, w in zip(columns, widths, strict=True))])]
+    for name, row in rows.items():
+        cells = [f"{row[column]:.2f}" if column in row else "-" for column in columns]
+        lines.append("  ".join([f"{name:{width}}", *(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True))]))
+    return "\n".join(lines)
 
 
 def metrics(workdir: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from data_pipelines import scenes
-from svg_jax.demo import Demo, agreement, config_file, curve, labelled_grid, loss_fall
+from svg_jax.demo import GENEVAL, Demo, agreement, config_file, curve, labelled_grid, loss_fall, table
 
 
 def test_a_command_that_fails_ends_the_demo(tmp_path: Path) -> None:
@@ -43,6 +43,23 @@ def test_perfect_pictures_agree_with_what_was_asked() -> None:
     assert agreement(pictures[1:] + pictures[:1], asked)["all"] < 0.3
 
 
+def test_scenes_are_scored_by_the_rules_of_geneval(tmp_path: Path) -> None:
+    asked = [scenes.sample_scene(1, i) for i in range(40)]
+    pictures = [scenes.render(scene) for scene in asked]
+    shares = Demo(tmp_path).geneval(pictures[1:] + pictures[:1], asked)
+    rendered, drawn = shares.values()
+    assert set(rendered) == {*GENEVAL, "image_accuracy", "prompt_accuracy"}
+    assert set(rendered.values()) == {1.0}
+    assert drawn["overall"] < 0.5
+    assert "expected" in (tmp_path / "geneval" / "index.html").read_text()
+
+
+def test_a_table_for_the_terminal() -> None:
+    lines = table({"all": {"x": 1.0, "a_long_name": 0.5}, "some": {"x": 0.25}}, ("x", "a_long_name")).splitlines()
+    assert [line.split() for line in lines] == [["x", "a_long_name"], ["all", "1.00", "0.50"], ["some", "0.25", "-"]]
+    assert len({len(line) for line in lines}) == 1
+
+
 def test_loss_fall_and_curve() -> None:
     lines = [{"loss": float(2 - i / 20)} for i in range(20)]
     fall = loss_fall(lines)
@@ -70,6 +87,7 @@ def test_the_report_is_written_and_the_page_is_one_file(tmp_path: Path, capsys: 
     shares = dict.fromkeys(scenes.ASPECTS, 0.5)
     demo.report |= {
         "shares that agree": {"generated": shares, "chance": shares},
+        "GenEval": {"rendered": dict.fromkeys(GENEVAL, 1.0), "drawn": {"overall": 0.375}},
         "photographs": {
             "grids (rows, cols) in the first five batches": [[8, 8], [4, 16]],
             "compilations of the train step": 1,
@@ -81,6 +99,10 @@ def test_the_report_is_written_and_the_page_is_one_file(tmp_path: Path, capsys: 
     page = (tmp_path / "index.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert "0.50" in page
+    assert "0.38" in page
+    assert 'href="geneval/index.html"' in page
     assert "http" not in page
     assert json.loads((tmp_path / "report.json").read_text())["diffusion transformer"]["loss at first"] == 2.0
-    assert "2 aspect ratios, train step compiled 1 time(s)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "2 aspect ratios, train step compiled 1 time(s)" in out
+    assert "overall" in out

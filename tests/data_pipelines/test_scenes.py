@@ -20,7 +20,9 @@ from data_pipelines.scenes import (
     agreement,
     chance_levels,
     compare,
+    detect,
     find_things,
+    geneval_rows,
     render,
     sample_scene,
     scene_from_record,
@@ -109,6 +111,41 @@ def test_a_component_may_wind():
         image[row : row + 4, 8:] = 240
         image[row + 8 : row + 12, :56] = 240
     assert len(find_things(image)) == 1
+
+
+def test_boxes_are_those_the_shapes_were_drawn_into(scenes):
+    for scene in scenes[:60]:
+        found = {(one.thing, one.x1, one.y1, one.x2, one.y2) for one in detect(render(scene))}
+        assert len(found) == len(scene.things)
+        for thing, (top, left, size) in zip(scene.things, scene.boxes, strict=True):
+            (box,) = (box for other, *box in found if other == thing)
+            # The outermost pixels of a shape are covered in part, and count where they differ enough from the ground.
+            assert np.abs(np.array(box) - [left, top, left + size, top + size]).max() <= 2
+            assert left <= box[0] < box[2] <= left + size
+            assert top <= box[1] < box[3] <= top + size
+
+
+def test_scenes_as_geneval_asks_for_them(scenes):
+    rows = {kind: [(scene, geneval_rows(scene)) for scene in scenes if scene.kind == kind] for kind in KINDS}
+    for scene, (single, colors) in rows["one"]:
+        ((colour, shape, _),) = scene.things
+        assert single == {"tag": "single_object", "include": [{"class": shape, "count": 1}], "prompt": scene.prompt}
+        assert colors["include"] == [{"class": shape, "count": 1, "color": colour}]
+    for scene, (counting,) in rows["pair"] + rows["trio"]:
+        number = len(scene.things)
+        assert counting["include"] == [{"class": scene.things[0].shape, "count": number}]
+        assert counting["exclude"] == [{"class": scene.things[0].shape, "count": number + 1}]
+    tags = collections.Counter(tuple(row["tag"] for row in found) for _, found in rows["two"])
+    assert set(tags) == {(), ("two_object", "color_attr"), ("two_object", "color_attr", "position")}
+    for scene, found in rows["two"]:
+        assert bool(found) == (scene.things[0].shape != scene.things[1].shape)
+        if len(found) == 3:
+            first, second = (thing.place for thing in scene.things)
+            ((relation, target),) = (clause["position"] for clause in found[2]["include"] if "position" in clause)
+            word = {"left of": "left", "right of": "right", "above": "top", "below": "bottom"}[relation]
+            assert target == 0
+            assert word in second
+            assert word not in first
 
 
 def test_compare_tells_the_aspects_apart():
