@@ -46,6 +46,8 @@ bench: $(VENV)/installed-bench
 	@$(BIN)/python -m benchmarks.autoencoder
 	@$(BIN)/python -m benchmarks.attention
 	@$(BIN)/python -m benchmarks.sampling
+	@$(BIN)/python -m benchmarks.data
+	@$(BIN)/python -m benchmarks.inception
 
 clean:
 	rm -rf $(VENV) out build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -53,6 +53,8 @@ EXTRAS = {
     "pack": ["apache-beam>=2.77.0"],  # data_pipelines.pack, on one machine or on a cluster
     # Reading the PyTorch release (.pth, .ckpt), and parity checks. The only extra that names torch.
     "torch": ["torch==2.13.0"],
+    # Detector, colour classifier and VQA model of `svg_jax.evaluate geneval` and `dpg answer`, through transformers.
+    "eval": ["torch==2.13.0"],
     "bench": [
         "svg_jax[torch]",
         "diffusers>=0.42.1",  # its Lumina2 transformer is the peer that the benchmarks compare with

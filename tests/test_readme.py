@@ -32,6 +32,11 @@ def test_every_solver_stands_in_the_table() -> None:
         ("reconstruct", reconstruct.parser(), 1),
         ("latent_stats", latent_stats.parser(), 1),
         ("evaluate reconstruction", evaluate.parser(), 1),
+        ("evaluate generate", evaluate.parser(), 2),
+        ("evaluate geneval", evaluate.parser(), 1),
+        ("evaluate dpg questions", evaluate.parser(), 1),
+        ("evaluate dpg score", evaluate.parser(), 1),
+        ("evaluate fid", evaluate.parser(), 2),
     ],
 )
 def test_flags_of_the_commands_exist(door: str, parser: argparse.ArgumentParser, times: int) -> None:
