@@ -43,8 +43,9 @@ def one_sentence(*kinds: type[Exception]) -> Iterator[None]:
         yield
     except expected as error:
         logging.getLogger("svg_jax").debug("what led to the error below", exc_info=True)
-        distributed.failed(str(error))
-        raise SystemExit(f"error: {error}") from error
+        sentence = str(error) or type(error).__name__  # as a MemoryError has no words
+        distributed.failed(sentence)
+        raise SystemExit(f"error: {sentence}") from error
 
 
 def parse_shard(text: str | None) -> tuple[int, int]:

@@ -165,6 +165,11 @@ def test_what_the_user_gave_ends_in_the_message_alone(kind: type[Exception]) -> 
         raise kind("no such thing")
 
 
+def test_an_error_without_words_is_named() -> None:
+    with pytest.raises(SystemExit, match=r"^error: MemoryError$"), doors.one_sentence():
+        raise MemoryError
+
+
 def test_mistakes_of_the_program_keep_their_traceback() -> None:
     with pytest.raises(TypeError), doors.one_sentence():
         raise TypeError("not the user's")
