@@ -24,7 +24,7 @@ DEPENDENCIES = [
     "tensorboardX>=2.6.5",  # TensorBoard event files, without TensorFlow
     "tokenizers>=0.23.3",  # the byte-level stand-in where no Gemma tokeniser is given
     "tqdm>=4.70.1",  # the progress bar
-    "transformers>=5.23.0",  # Gemma's tokeniser from a local folder; its models are not used
+    "transformers>=5.23.0",  # Gemma's tokeniser from a local folder; with the extra eval, the models that judge
 ]
 
 EXTRAS = {
@@ -51,10 +51,10 @@ EXTRAS = {
         "s3fs>=2026.9.0",
     ],
     "pack": ["apache-beam>=2.77.0"],  # data_pipelines.pack, on one machine or on a cluster
-    # Reading the PyTorch release (.pth, .ckpt), and parity checks. The only extra that names torch.
+    # Reading the PyTorch release (.pth, .ckpt), and parity checks.
     "torch": ["torch==2.13.0"],
     # Detector, colour classifier and VQA model of `svg_jax.evaluate geneval` and `dpg answer`, through transformers.
-    "eval": ["torch==2.13.0"],
+    "eval": ["svg_jax[torch]"],
     "bench": [
         "svg_jax[torch]",
         "diffusers>=0.42.1",  # its Lumina2 transformer is the peer that the benchmarks compare with

@@ -256,6 +256,33 @@ def geneval_rows(scene: Scene) -> list[dict[str, Any]]:
     return [{"tag": tag, **row, "prompt": scene.prompt} for tag, row in rows.items()]
 
 
+def dpg_rows(scene: Scene) -> list[tuple[str, str, str]]:
+    """What DPG-Bench would ask of the picture of a scene: dependency, tuple and question of each row of its table.
+
+    Of each of one or two things whether it is there and, below that, its colour; below both colours, where the two
+    stand to one another. Things alike are asked about together, and counted. Nothing is asked about two different
+    things of one shape, because questions call things by their shapes.
+    """
+    alike = scene.kind in ("pair", "trio")
+    things = scene.things[:1] if alike else scene.things
+    if len({thing.shape for thing in things}) < len(things):
+        return []
+    rows, every = [], "every " if alike else ""
+    for colour, shape, _ in things:
+        rows.append(("0", f"entity - whole ({shape})", f"Is there a {shape}?"))
+        meaning = f"attribute - color ({every}{shape}, {colour})"
+        rows.append((str(len(rows)), meaning, f"Is {every or 'the '}{shape} {colour}?"))
+    if alike:
+        count = len(scene.things)
+        rows.append(("1", f"other - count (things, =={count})", f"Are there exactly {count} things?"))
+    elif len(things) == 2:
+        one, other = sorted(things, key=lambda thing: PLACES[thing.place])  # the upper one first, or else the left one
+        side = "left of" if PLACES[one.place][0] == PLACES[other.place][0] else "above"
+        meaning = f"relation - spatial ({one.shape}, {side}, {other.shape})"
+        rows.append(("2, 4", meaning, f"Is the {one.shape} {side} the {other.shape}?"))
+    return rows
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Judging
 # ---------------------------------------------------------------------------------------------------------------------

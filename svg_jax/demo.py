@@ -37,8 +37,10 @@ from svg_jax import assemble
 from svg_jax.autoencoder_steps import reconstruct
 from svg_jax.checkpoint import load_config
 from svg_jax.config import one_sentence
-from svg_jax.evaluate.geneval.rules import TASKS, totals
+from svg_jax.evaluate.dpg.scenes import write_question_report
+from svg_jax.evaluate.geneval.rules import totals
 from svg_jax.evaluate.geneval.scenes import score_scenes, write_scene_report
+from svg_jax.evaluate.prompt_sets import TASKS
 from svg_jax.loading import find_autoencoder, open_autoencoder
 from svg_jax.parallel import make_mesh
 from svg_jax.pipeline import SVGPipeline
@@ -53,6 +55,7 @@ ENVIRONMENT = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 JUDGED = 96  # pictures of each set
+QUESTIONED = 12  # scenes of which DPG-Bench's 4 pictures each are drawn
 GENEVAL = (*TASKS, "overall")
 TRAIN_SEED, TEST_SEED, HELD_OUT_SEED = 0, 1, 2
 
@@ -168,6 +171,10 @@ class Demo:
                 "chance for those": scenes.chance_levels(test),
             }
             self.report["GenEval"] = self.geneval(drawn_test, test)
+            some = [scene for scene in test if len(scene.things) > 1 and scenes.dpg_rows(scene)][:QUESTIONED]
+            drawn = [np.asarray(image) for image in pipeline([s.prompt for s in some], seed=3, num_images=4)]
+            fours = [drawn[i : i + 4] for i in range(0, len(drawn), 4)]
+            write_question_report(epath.Path(self.out / "dpg"), fours, some)
         captions = [scene.prompt for scene in single[:8] + test[:16]]
         labelled_grid(drawn_single[:8] + drawn_test[:16], captions).save(self.out / "samples.png")
         pairs = [np.concatenate(pair, axis=1) for pair in zip(map(scenes.render, test), reconstructed, strict=True)]

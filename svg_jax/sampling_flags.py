@@ -19,14 +19,14 @@ SETTINGS = (  # of `SVGPipeline.settings`, beside the solver and the size
 
 
 def add_sampling_flags(flags: argparse.ArgumentParser) -> None:
-    """Weights and settings; all but the size."""
+    """Weights and settings, all but the size; what is not given is as the checkpoint's config has it."""
     add = flags.add_argument
     add("--autoencoder", help="workdir of another autoencoder")
     add("--text-encoder", help="workdir of another text encoder")
     add("--tokenizer", help="folder of another tokeniser")
     add("--no-ema", dest="ema", action="store_false", help="the raw weights instead of their average")
     add("--dtype", help=f"compute type, of {', '.join(DTYPES)}; by default as configured")
-    add("--num-steps", type=int)
+    add("--num-steps", type=int, help="of the solver")
     add("--solver", metavar="NAME", help=f"{', '.join(SOLVERS)}")
     add("--diffusion-form", help="of the sde_ solvers")
     add("--last-step", help=f"of the sde_ solvers: {', '.join(LAST_STEPS)}, none")
@@ -36,7 +36,7 @@ def add_sampling_flags(flags: argparse.ArgumentParser) -> None:
     add("--shift", type=float, help="of the time grid, toward noise; 1 is none")
     add("--system-prompt", metavar="NAME", help=f"{', '.join(SYSTEM_PROMPTS)}; enhance rewrites the prompts first")
     add("--negative-prompt", help="what guidance leads away from")
-    add("--seed", type=int)
+    add("--seed", type=int, help="of the noise")
     add("--batch-size", type=int, help="pictures at a time")
     add("--tile", type=int, help="side in pixels of the squares that are decoded one by one; saves memory")
 

@@ -101,6 +101,7 @@ def test_the_report_is_written_and_the_page_is_one_file(tmp_path: Path, capsys: 
     assert "0.50" in page
     assert "0.38" in page
     assert 'href="geneval/index.html"' in page
+    assert 'href="dpg/index.html"' in page
     assert "http" not in page
     assert json.loads((tmp_path / "report.json").read_text())["diffusion transformer"]["loss at first"] == 2.0
     out = capsys.readouterr().out

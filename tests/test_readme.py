@@ -32,7 +32,7 @@ def test_every_solver_stands_in_the_table() -> None:
         ("reconstruct", reconstruct.parser(), 1),
         ("latent_stats", latent_stats.parser(), 1),
         ("evaluate reconstruction", evaluate.parser(), 1),
-        ("evaluate generate", evaluate.parser(), 2),
+        ("evaluate generate", evaluate.parser(), 3),
         ("evaluate geneval", evaluate.parser(), 1),
         ("evaluate dpg questions", evaluate.parser(), 1),
         ("evaluate dpg score", evaluate.parser(), 1),
@@ -66,6 +66,18 @@ def test_pages_are_finished_and_show_pictures_that_are_there(page: str) -> None:
     assert not re.search(r"^[A-Z_]{4,}$|TODO|TBD", text, re.MULTILINE)
     for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):
         assert (path.parent / picture).is_file(), picture
+
+
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md", "launch/README.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    path = Path(__file__).parents[1] / page
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", path.read_text()):
+        name, _, anchor = target.partition("#")
+        file = path.parent / name if name else path
+        assert file.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}, target
 
 
 def test_the_table_of_meshes_has_every_stage_on_every_slice() -> None:

@@ -9,7 +9,7 @@ from svg_jax import distributed
 from svg_jax.config import one_sentence, parse_shard
 from svg_jax.evaluate import generate, reconstruction
 from svg_jax.evaluate.dpg import command as dpg
-from svg_jax.evaluate.fid import command as generated_fid
+from svg_jax.evaluate.fid import command as fid
 from svg_jax.evaluate.geneval import command as geneval
 
 # What `--help` ends with.
@@ -26,15 +26,16 @@ from released weights (imported into WEIGHTS, see README.md) to the two publishe
     python svg_jax/evaluate/dpg/mplug.py --questions out/questions/questions.jsonl --out answers.jsonl    (see there)
     dpg score --questions out/questions --answers answers.jsonl --csv dpg_bench.csv --out out/dpg_scores
 
-Drawing them at 1024 px takes at least 1.0 h and 2.0 h on v5e-8, 1.6 h and 3.1 h on one H100 (FLOPs at the peak, see
-`python -m svg_jax.aot --config=configs/stage4.py --topology=v5e:2x4 --step=sample --batch=8`); expect twice as long.
+Drawing them at 1024 px takes at least 1.0 h and 2.0 h on v5e-8 (the roofline of `python -m svg_jax.aot
+--config=configs/stage4.py --topology=v5e:2x4 --step=sample --batch=8`), 1.6 h and 3.1 h on one H100 (FLOPs at its
+peak), and about twice that at half of these bounds. GenEval's judges take some 5 hours of a CPU core in all.
 """
 
 COMMANDS = {
     "generate": generate,
     "geneval": geneval,
     "dpg": dpg,
-    "fid": generated_fid,
+    "fid": fid,
     "reconstruction": reconstruction,
 }
 

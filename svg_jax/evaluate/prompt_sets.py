@@ -18,11 +18,14 @@ from typing import Any
 
 from data_pipelines.prompts import read_prompts
 from svg_jax.config import check_keys
-from svg_jax.evaluate.geneval.rules import COLORS, TASKS
 from svg_jax.evaluate.text_files import csv_rows, json_lines, read_text
 from svg_jax.flow.names import lookup
 
 logger = logging.getLogger("svg_jax")
+
+# What GenEval asks for, in its order.
+TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 
 COUNTS = {"geneval": 553, "geneval_long": 553, "dpg": 1065}  # prompts of the published files
 RELATIONS = ("left of", "right of", "above", "below")

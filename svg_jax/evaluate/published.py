@@ -45,10 +45,10 @@ COPIES = "The rows but SVG-T2I's were read in copies of these tables in later pa
 GENEVAL = PublishedTable(
     ("single_object", "two_object", "counting", "colors", "position", "color_attr", "overall"),
     (
-        PublishedRow("SVG-T2I", (None, None, None, None, None, None, 0.75), RELEASE),
         PublishedRow("Qwen-Image", (0.99, 0.92, 0.89, 0.88, 0.76, 0.77, 0.87), QWEN_IMAGE),
         PublishedRow("BAGEL", (0.99, 0.94, 0.81, 0.88, 0.64, 0.63, 0.82), "BAGEL paper, arXiv 2505.14683"),
         PublishedRow("Janus-Pro-7B", (0.99, 0.89, 0.59, 0.90, 0.79, 0.66, 0.80), JANUS_PRO),
+        PublishedRow("SVG-T2I", (None, None, None, None, None, None, 0.75), RELEASE),
         PublishedRow("SANA-1.5 4.8B", (0.99, 0.85, 0.77, 0.87, 0.34, 0.54, 0.72), "SANA-1.5 paper, arXiv 2501.18427"),
         PublishedRow("DALL-E 3", (0.96, 0.87, 0.47, 0.83, 0.43, 0.45, 0.67), SD3),
         PublishedRow("FLUX.1-dev", (0.98, 0.81, 0.74, 0.79, 0.22, 0.45, 0.66), QWEN_IMAGE),

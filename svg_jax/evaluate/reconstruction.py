@@ -31,7 +31,7 @@ from svg_jax.evaluate import images as files
 from svg_jax.evaluate.fid.moments import bias
 from svg_jax.evaluate.image_metrics import compared, psnr, ssim, stored
 from svg_jax.evaluate.networks import load_inception, load_lpips
-from svg_jax.evaluate.report import rank, write_report
+from svg_jax.evaluate.reconstruction_report import rank, write_report
 from svg_jax.evaluate.results import Results, at_least_one, conclude, work_through
 from svg_jax.flow.names import unknown
 from svg_jax.loading import Loaded, find_autoencoder, open_autoencoder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import importlib.metadata
 import io
 import json
 import math
@@ -151,7 +152,8 @@ def write_report(folder: epath.Path, report: Report) -> str:
     """Writes `images.jsonl`, `index.html`, `results.md` and, last, `results.json`.
 
     In `results.json`, `scores` holds values by name, and `intervals` ([low, high]) and `counts` those that are known;
-    by group first where scores have one. Numbers that JSON cannot hold are null.
+    by group first where scores have one; `versions` are those of the programs that counted. Numbers that JSON cannot
+    hold are null.
 
     Returns:
         The tables in Markdown, and the address of the page.
@@ -164,6 +166,7 @@ def write_report(folder: epath.Path, report: Report) -> str:
         **report.more,
         "warnings": list(report.warnings),
         "settings": report.settings,
+        "versions": {name: importlib.metadata.version(name) for name in ("svg_jax", "jax", "numpy", "pillow")},
     }
     text = markdown(report)
     listed = "".join(f"- {key}: {value}\n" for key, value in flattened(report.settings).items())

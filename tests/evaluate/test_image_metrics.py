@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from svg_jax.evaluate.image_metrics import compared, psnr, ssim, stored
-from svg_jax.evaluate.report import release_row
+from svg_jax.evaluate.reconstruction_report import release_row
 from tests.evaluate.vectors import arrays, facts
 from tests.vectors import assert_close
 

@@ -28,7 +28,7 @@ from svg_jax.evaluate.fid.moments import Moments, frechet_distance
 from svg_jax.evaluate.image_metrics import compared, psnr, ssim, stored
 from svg_jax.evaluate.images import centre_square
 from svg_jax.evaluate.reconstruction import pictures
-from svg_jax.evaluate.report import rank, summarise, write_report
+from svg_jax.evaluate.reconstruction_report import rank, summarise, write_report
 from svg_jax.evaluate.results import Results
 from svg_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from svg_jax.models.decoder import DecoderConfig

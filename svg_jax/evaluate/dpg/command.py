@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 from svg_jax import distributed
 from svg_jax.evaluate.dpg import vqa
-from svg_jax.evaluate.dpg.files import Asked, key, lines, read_answers, read_asked, read_pictures, read_settings
+from svg_jax.evaluate.dpg.files import Asked, ask, lines, read_answers, read_asked, read_pictures, read_settings
 from svg_jax.evaluate.dpg.rules import MODES, Question, normalised, read_questions
 from svg_jax.evaluate.dpg.scores import write_scores
 from svg_jax.evaluate.generated import listed, open_generated
@@ -107,20 +106,11 @@ def write_questions(options: argparse.Namespace) -> None:
     }
     asked: list[Asked] = []
     missing: list[str] = []
-    digests: dict[epath.Path, str] = {}
     for entry in tqdm(generated.entries, unit="prompt"):
-        if not generated.holds(entry):
+        if generated.holds(entry):
+            asked += ask(generated, entry, questions[entry.id])
+        else:
             missing.append(entry.id)
-            continue
-        for sample in range(generated.num_images):
-            path, box = generated.path(entry, sample), generated.box(entry, sample)
-            if path not in digests:
-                digests[path] = hashlib.sha256(path.read_bytes()).hexdigest()
-            where = os.path.abspath(path) if Path(path).exists() else str(path)
-            asked += [
-                Asked(key(digests[path], box, each.text), entry.id, sample, each.row, where, box, each.text)
-                for each in questions[entry.id]
-            ]
     if not asked:
         raise ValueError(f"{options.images} holds no picture of a prompt in {options.csv}: generate them first")
     if missing:

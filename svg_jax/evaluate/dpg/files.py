@@ -22,14 +22,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from etils import epath
 from PIL import Image
 
-from svg_jax.evaluate.generated import opened
+from svg_jax.evaluate.dpg.rules import Question
+from svg_jax.evaluate.generated import Generated, opened
 from svg_jax.evaluate.grids import Box
+from svg_jax.evaluate.prompt_sets import PromptEntry
 from svg_jax.evaluate.text_files import json_lines
 
 WRITE = "write it with `python -m svg_jax.evaluate dpg questions`"
@@ -66,6 +70,27 @@ class Answers:
 def key(image: str, box: Box, question: str) -> str:
     """16 hexadecimal digits that stand for a question about a part of the image file with this SHA-256."""
     return hashlib.sha256(f"{image} {list(box)} {question}".encode()).hexdigest()[:16]
+
+
+def ask(generated: Generated, entry: PromptEntry, questions: Sequence[Question]) -> list[Asked]:
+    """The questions about a prompt, of each of its pictures.
+
+    Raises:
+        FileNotFoundError: A picture is not there.
+        ValueError: It cannot be read, or is no grid of so many pictures.
+    """
+    asked: list[Asked] = []
+    digests: dict[epath.Path, str] = {}
+    for sample in range(generated.num_images):
+        path, box = generated.path(entry, sample), generated.box(entry, sample)
+        if path not in digests:
+            digests[path] = hashlib.sha256(path.read_bytes()).hexdigest()
+        where = os.path.abspath(path) if Path(path).exists() else str(path)
+        asked += [
+            Asked(key(digests[path], box, each.text), entry.id, sample, each.row, where, box, each.text)
+            for each in questions
+        ]
+    return asked
 
 
 def lines(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from svg_jax.evaluate import published, scores
+from svg_jax.evaluate import scores
 from svg_jax.evaluate.dpg.files import Answers, Asked, read_pictures
 from svg_jax.evaluate.dpg.rules import (
     Judged,
@@ -25,6 +25,7 @@ from svg_jax.evaluate.dpg.rules import (
 )
 from svg_jax.evaluate.generated import listed
 from svg_jax.evaluate.prompt_sets import warn_of_count
+from svg_jax.evaluate.published import DPG, PublishedTable
 from svg_jax.output_folder import output_folder
 
 logger = logging.getLogger("svg_jax")
@@ -137,6 +138,10 @@ def write_scores(
     asked: Sequence[Asked],
     answers: Answers,
     modes: Sequence[Mode],
+    *,
+    title: str = "DPG-Bench",
+    published: PublishedTable | None = DPG,
+    warnings: Sequence[str] = (),
 ) -> str:
     """Writes the report; returns its tables.
 
@@ -148,6 +153,9 @@ def write_scores(
         asked: All rows of `questions.jsonl`.
         answers: To them.
         modes: Which to report; the page shows what counts in the last one.
+        title: Of the report.
+        published: Scores of others that stand below; None where these cannot be compared with any.
+        warnings: Sentences without a full stop.
 
     Raises:
         ValueError: As `evaluate`; or none of the answers is to one of these questions, or the folder holds scores of
@@ -156,13 +164,13 @@ def write_scores(
     known = {each.key for each in asked}
     if not known & answers.by_key.keys():
         raise ValueError("none of the answers is to one of these questions: give those that belong together")
-    warnings = []
+    warnings = list(warnings)
     if strangers := len(answers.by_key.keys() - known):
         warnings.append(f"{strangers:,} answers are to other questions or to pictures drawn before, and left aside")
     outcomes = [evaluate(questions, asked, answers, settings["num_images"], mode) for mode in modes]
-    if text := warn_of_count("dpg", len(prompts), "the table"):
+    if published and (text := warn_of_count("dpg", len(prompts), "the table")):
         warnings.append(text)
-    if answers.model.rstrip("/").rsplit("/", 1)[-1] != OFFICIAL_JUDGE:
+    if published and answers.model.rstrip("/").rsplit("/", 1)[-1] != OFFICIAL_JUDGE:
         warnings.append(
             f"{answers.model} answered, and published scores are those of mPLUG large ({OFFICIAL_JUDGE}): do not "
             "compare them"
@@ -175,10 +183,10 @@ def write_scores(
     for each in asked:
         by_item.setdefault(each.item_id, []).append(each)
     report = scores.Report(
-        title="DPG-Bench",
+        title=title,
         settings={**origin, "modes": list(modes)},
         scores=[score for outcome in outcomes for score in _scores(outcome)],
-        published=published.DPG,
+        published=published,
         warnings=warnings,
         images=_images(prompts, outcomes),
         cards=_cards(prompts, outcomes[-1], by_item),
@@ -199,7 +207,7 @@ def write_scores(
 def _scores(outcome: Outcome) -> list[scores.Score]:
     """Broad categories in the order of published tables, and the overall score."""
     found = {**outcome.totals.broad, "overall": outcome.totals.overall}
-    columns = list(published.DPG.columns)
+    columns = list(DPG.columns)
     names = sorted(found, key=lambda name: (columns.index(name) if name in columns else len(columns), name))
     return [scores.Score(name, **dataclasses.asdict(found[name]), group=outcome.mode) for name in names]
 

@@ -71,6 +71,8 @@ class VQA:
             else:
                 raise ValueError(f"it is {architecture} without a chat template, and not {BLIP}")
             model, info = kind.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        except ImportError as error:  # some models' processors need torchvision, or more
+            raise ImportError(f"{folder} needs what is not installed: {str(error).strip().splitlines()[0]}") from error
         except Exception as error:  # of safetensors, pickle, torch and transformers, each with kinds of its own
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"{folder} cannot be loaded as a VQA model ({first}): {SOURCE}") from error

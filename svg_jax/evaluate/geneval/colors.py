@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from svg_jax.evaluate.geneval.rules import COLORS, Detection, Options
+from svg_jax.evaluate.geneval.rules import Detection, Options
+from svg_jax.evaluate.prompt_sets import COLORS
 
 TEMPLATES = ("a photo of a {color} {thing}", "a photo of a {color}-colored {thing}", "a photo of a {color} object")
 SCALE = np.float32(100)  # of cosines, the temperature that CLIP was trained to

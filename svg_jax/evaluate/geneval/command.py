@@ -27,8 +27,7 @@ from PIL import ImageColor
 
 from svg_jax import distributed
 from svg_jax.evaluate.generated import Generated, listed, open_generated
-from svg_jax.evaluate.geneval import clip, detector
-from svg_jax.evaluate.geneval import parts as geneval_parts
+from svg_jax.evaluate.geneval import clip, detector, parts
 from svg_jax.evaluate.geneval.parts import Job, Task, look, scored, task_of
 from svg_jax.evaluate.geneval.report import Scored, unlike_official, write
 from svg_jax.evaluate.geneval.rules import CLASSES, Options
@@ -262,9 +261,9 @@ def try_networks(options: argparse.Namespace, here: tuple[int, int]) -> None:
         ImportError: torch is not installed.
     """
     places = devices(options.device, options.num_workers, here)
-    geneval_parts.load(options.detector, options.clip, places[0] if len(places) == 1 else "cpu")
+    parts.load(options.detector, options.clip, places[0] if len(places) == 1 else "cpu")
     if len(places) > 1:
-        geneval_parts.load.cache_clear()
+        parts.load.cache_clear()
 
 
 def look_at(
@@ -323,7 +322,10 @@ def write_results(results: Results) -> str:
         )
     if {name: settings["clip"][name] for name in clip.VIT_L_14} != clip.VIT_L_14:
         warnings.append("CLIP is not of the size of ViT-L/14, with which the official evaluator tells colours")
-    warnings.append("CLIP runs in float32 here, and in float16 on a GPU in the official evaluator: colours may differ")
+    warnings.append(
+        "CLIP runs in float32 here, and in float16 on a GPU in the official evaluator: colours may differ; that its "
+        "weights are OpenAI's is not verified"
+    )
     if len(machines) > 1:
         warnings.append(f"the networks did not run on the same everywhere: {'; '.join(sorted(machines))}")
     settings = settings | {"runs_on": sorted(machines)}

@@ -62,7 +62,7 @@ class Found(NamedTuple):
 
 
 class Detector:
-    """The network with what stands before and after it; its classes are `geneval_rules.CLASSES`, by their number."""
+    """The network with what stands before and after it; its classes are `rules.CLASSES`, by their number."""
 
     def __init__(self, network: Any, device: Any, name: str) -> None:
         self._network, self._device, self._name = network.to(device), device, name

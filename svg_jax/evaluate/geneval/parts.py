@@ -18,7 +18,8 @@ from svg_jax.evaluate.generated import Generated
 from svg_jax.evaluate.geneval import clip, detector
 from svg_jax.evaluate.geneval.colors import ColorClassifier, cut_out
 from svg_jax.evaluate.geneval.report import Scored
-from svg_jax.evaluate.geneval.rules import COLORS, Detection, Objects, Options, judge, judged, kept
+from svg_jax.evaluate.geneval.rules import Detection, Objects, Options, judge, judged, kept
+from svg_jax.evaluate.prompt_sets import COLORS
 from svg_jax.evaluate.results import Part, Results
 from svg_jax.evaluate.scores import thumbnail
 

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from svg_jax.evaluate.geneval.rules import TASKS, Detection, Objects, Verdict, judged, totals
+from svg_jax.evaluate.geneval.rules import Detection, Objects, Verdict, judged, totals
+from svg_jax.evaluate.prompt_sets import TASKS
 from svg_jax.evaluate.published import GENEVAL
 from svg_jax.evaluate.scores import Box, Card, Report, Score, write_report
 

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
+from svg_jax.evaluate.prompt_sets import COLORS, TASKS
 from svg_jax.evaluate.scores import Score
 
-TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 # What GenEval calls the classes of COCO, in the order of a detector's outputs; COCO itself, and the labels inside
 # checkpoints, say mouse, remote and keyboard, and some of them sofa or tvmonitor.
 # fmt: off

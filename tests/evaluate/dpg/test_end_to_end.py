@@ -30,7 +30,13 @@ TABLE = "item_id,text,proposition_id,dependency,tuple,question_natural_language\
     for number, question in enumerate(QUESTIONS, start=1)
 )
 # As `python -m svg_jax.evaluate`, with answers of one word.
-COMMAND = "from svg_jax.evaluate import __main__, vqa; vqa.MAX_NEW_TOKENS = 1; __main__.main()"
+COMMAND = """
+from svg_jax.evaluate import __main__
+from svg_jax.evaluate.dpg import vqa
+
+vqa.MAX_NEW_TOKENS = 1
+__main__.main()
+"""
 RESULTS = ("results.json", "images.jsonl", "results.md", "index.html")
 
 Run = Callable[[list[str]], None]

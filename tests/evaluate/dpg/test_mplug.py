@@ -20,8 +20,8 @@ SCRIPT = Path(mplug.__file__)
 COLORS = ("red", "blue")
 QUESTIONS = ("Is it red?", "Is it there?", "Is it a café?")
 MODEL = """
-import clip  # a module of the environment, and not the one beside the script
-assert clip.OURS is False
+import rules  # a module of the environment, and not the one beside the script
+assert rules.OURS is False
 
 
 def pipeline(task, model, device):
@@ -51,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
         "modelscope/pipelines/__init__.py": MODEL,
         "modelscope/utils/__init__.py": "",
         "modelscope/utils/constant.py": "class Tasks:\n    visual_question_answering = 'visual-question-answering'",
-        "clip.py": "OURS = False",
+        "rules.py": "OURS = False",
     }.items():
         file = tmp_path / "environment" / name
         file.parent.mkdir(parents=True, exist_ok=True)

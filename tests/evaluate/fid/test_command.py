@@ -17,8 +17,7 @@ from PIL import Image
 from svg_jax import distributed
 from svg_jax.evaluate import networks
 from svg_jax.evaluate.__main__ import main
-from svg_jax.evaluate.fid import features
-from svg_jax.evaluate.fid import sides as fid_sides
+from svg_jax.evaluate.fid import features, sides
 from svg_jax.evaluate.fid.moments import Moments, frechet_distance
 from tests.evaluate.fid.small_inception import NETWORK, SmallInception, write_inception
 
@@ -30,7 +29,7 @@ DRAWN_WITH = {"pipeline": {"num_steps": 4}, "ema": True}
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(networks, "Inception", SmallInception)
-    monkeypatch.setattr(fid_sides, "PART", PART)
+    monkeypatch.setattr(sides, "PART", PART)
 
 
 def picture(generator: np.random.Generator, size: tuple[int, int]) -> Image.Image:
@@ -71,7 +70,7 @@ def out(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One run of everything, which keeps the statistics too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(networks, "Inception", SmallInception)
-        patch.setattr(fid_sides, "PART", PART)
+        patch.setattr(sides, "PART", PART)
         out = tmp_path_factory.mktemp("results")
         evaluate(folder, out, "--metrics=fid,is,precision_recall", f"--save-statistics={out / 'real.npz'}")
     return out
@@ -381,7 +380,7 @@ def test_memory_holds_two_batches_of_images_at_most(
         living -= 1
 
     monkeypatch.setattr(features, "AT_ONCE", {"cpu": 1})
-    monkeypatch.setattr(fid_sides, "PART", IMAGES)
+    monkeypatch.setattr(sides, "PART", IMAGES)
     original = features.prepared
     monkeypatch.setattr("svg_jax.evaluate.fid.command.prepared", counted)
     evaluate(folder, tmp_path, "--metrics=fid")

@@ -15,7 +15,7 @@ from PIL import Image
 
 from svg_jax.evaluate import networks
 from svg_jax.evaluate.__main__ import main
-from svg_jax.evaluate.fid import sides as fid_sides
+from svg_jax.evaluate.fid import sides
 from tests.cluster import PATIENCE, ROOT, job
 from tests.evaluate.fid.small_inception import SmallInception, write_inception
 
@@ -23,13 +23,13 @@ COUNT, PART = 22, 4
 REPORT = ("results.json", "images.jsonl", "results.md", "index.html", "settings.json")
 DOOR = f"""
 import os, signal, sys
-from svg_jax.evaluate.fid import sides as fid_sides
+from svg_jax.evaluate.fid import sides
 from svg_jax.evaluate import networks
 from svg_jax.evaluate.__main__ import main
 from svg_jax.evaluate.results import Results
 from tests.evaluate.fid.small_inception import SmallInception
 
-networks.Inception, fid_sides.PART = SmallInception, {PART}
+networks.Inception, sides.PART = SmallInception, {PART}
 save = Results.save
 
 def save_and_die(results, number, part):
@@ -68,7 +68,7 @@ def test_killed_and_taken_up_by_two_processes_it_finds_the_same(
     assert part.stat().st_mtime_ns == written
 
     monkeypatch.setattr(networks, "Inception", SmallInception)
-    monkeypatch.setattr(fid_sides, "PART", PART)
+    monkeypatch.setattr(sides, "PART", PART)
     main(["fid", *flags, f"--out={tmp_path / 'alone'}"])
     for name in REPORT:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name

@@ -13,12 +13,12 @@ import pytest
 from PIL import Image, ImageDraw
 
 from svg_jax.evaluate.__main__ import main
-from svg_jax.evaluate.geneval import parts as geneval_parts
+from svg_jax.evaluate.geneval import parts
 from svg_jax.evaluate.geneval.clip import VIT_L_14
 from svg_jax.evaluate.geneval.colors import ColorClassifier
 from svg_jax.evaluate.geneval.detector import Found
 from svg_jax.evaluate.geneval.parts import Networks
-from svg_jax.evaluate.geneval.rules import COLORS
+from svg_jax.evaluate.prompt_sets import COLORS
 
 PAINT = {"cat": (220, 0, 0), "dog": (0, 0, 220)}  # what the stand-in finds, cats red and dogs blue
 CAT, DOG = (4, 4, 24, 24), (40, 4, 60, 24)
@@ -109,7 +109,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return find(images, min_score)
 
     networks = Networks(count, ColorClassifier(embed_texts, embed_images), "here")
-    monkeypatch.setattr(geneval_parts, "load", functools.cache(lambda *_: networks))
+    monkeypatch.setattr(parts, "load", functools.cache(lambda *_: networks))
     return sizes
 
 

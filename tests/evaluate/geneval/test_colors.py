@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from svg_jax.evaluate.geneval.colors import ColorClassifier, cut_out, texts
-from svg_jax.evaluate.geneval.rules import COLORS, Detection, Options, judge, judged, kept
+from svg_jax.evaluate.geneval.rules import Detection, Options, judge, judged, kept
+from svg_jax.evaluate.prompt_sets import COLORS
 from tests.evaluate.vectors import arrays, facts
 
 

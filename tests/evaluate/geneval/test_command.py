@@ -17,12 +17,12 @@ from PIL import Image
 from svg_jax import distributed
 from svg_jax.evaluate.__main__ import main
 from svg_jax.evaluate.geneval import command as geneval
-from svg_jax.evaluate.geneval import parts as geneval_parts
+from svg_jax.evaluate.geneval import parts
 from svg_jax.evaluate.geneval.clip import VIT_L_14
 from svg_jax.evaluate.geneval.colors import ColorClassifier
 from svg_jax.evaluate.geneval.detector import Detector
 from svg_jax.evaluate.geneval.parts import Networks
-from svg_jax.evaluate.geneval.rules import COLORS
+from svg_jax.evaluate.prompt_sets import COLORS
 from tests.evaluate.geneval.stand_ins import (
     CAT,
     CORRECT,
@@ -178,7 +178,7 @@ def test_networks_that_ran_on_different_machines_are_told(
 ) -> None:
     score(folder, "out", "--shard=1/2")
     elsewhere = Networks(find, ColorClassifier(embed_texts, embed_images), "there")
-    monkeypatch.setattr(geneval_parts, "load", functools.cache(lambda *_: elsewhere))
+    monkeypatch.setattr(parts, "load", functools.cache(lambda *_: elsewhere))
     score(folder)
     found = results(folder)
     assert found["settings"]["runs_on"] == ["here", "there"]

@@ -9,8 +9,8 @@ from etils import epath
 from PIL import Image
 
 from data_pipelines import scenes
-from svg_jax.evaluate.geneval.rules import TASKS
 from svg_jax.evaluate.geneval.scenes import score_scenes, write_scene_report
+from svg_jax.evaluate.prompt_sets import TASKS
 
 
 def test_perfect_pictures_are_correct_in_every_task(tmp_path: Path) -> None:
