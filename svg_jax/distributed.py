@@ -221,6 +221,7 @@ def _join(place: Place, timeout: float, start_timeout: float) -> None:
                 heartbeat_timeout_seconds=round(3 * timeout),  # after `_Watch`, which needs no stack trace
                 shutdown_timeout_seconds=round(1.5 * timeout),  # after those at work have noticed, see `_verdict`
             )
+            _on_abort(partial(_end_without_coordinator, place, stderr))  # until `_Watch` has a handler of its own
         except jax.errors.JaxRuntimeError as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{place} could not join the job at {place.coordinator}: {reason}") from error
@@ -343,12 +344,7 @@ class _Watch(threading.Thread):
     def _on_abort(self) -> None:
         if self.failed or self._stopped.is_set():
             os._exit(1 if self.failed else self.code)  # all is done, and another one did not leave in time
-        if self._place.number == 0:
-            return
-        for _ in range(10):
-            time.sleep(1)  # a process that is killed closes its sockets one after the other, on a busy host slowly
-            if not _answers(str(distributed.global_state.coordinator_address)):
-                _end(f"process 0 of {self._place.total} is gone (it closed the connection): this job ends; {AGAIN}")
+        _end_without_coordinator(self._place)
 
 
 def _is_broken(error: BaseException) -> bool:
@@ -356,6 +352,15 @@ def _is_broken(error: BaseException) -> bool:
     while error.__cause__ is not None:
         error = error.__cause__
     return isinstance(error, jax.errors.JaxRuntimeError) and BROKEN.search(str(error)) is not None
+
+
+def _end_without_coordinator(place: Place, stderr: int = 2) -> None:
+    """Ends this process in one sentence if process 0 is no more."""
+    for _ in range(10 if place.number else 0):
+        time.sleep(1)  # a process that is killed closes its sockets one after the other, on a busy host slowly
+        if not _answers(str(distributed.global_state.coordinator_address)):
+            gone = f"process 0 of {place.total} is gone (it closed the connection)"
+            _end(f"{gone}: this job ends; {AGAIN}", stderr=stderr)
 
 
 def _answers(address: str) -> bool:
@@ -404,7 +409,10 @@ def _on_abort(end: Callable[[], object]) -> None:
 
 @contextlib.contextmanager
 def _native_log() -> Iterator[tuple[IO[bytes], int]]:
-    """Keeps what is written to stderr, by native code too, until the end: the file, and where stderr is meanwhile."""
+    """Keeps what is written to stderr, by native code too, until the end: the file, and where stderr is meanwhile.
+
+    The latter stays open: a handler may write there whenever native code aborts.
+    """
     sys.stderr.flush()
     stderr = os.dup(2)
     with tempfile.TemporaryFile() as log:
@@ -414,7 +422,6 @@ def _native_log() -> Iterator[tuple[IO[bytes], int]]:
         finally:
             sys.stderr.flush()
             os.dup2(stderr, 2)
-            os.close(stderr)
             log.seek(0)
             os.write(2, log.read())
 

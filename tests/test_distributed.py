@@ -189,7 +189,8 @@ distributed.barrier("last", 60)
 
 @pytest.mark.parametrize("lost", [0, 1])
 def test_the_others_say_who_is_gone_and_end(tmp_path: Path, lost: int) -> None:
-    code, logs = cluster(tmp_path, 3, f"if me == {lost}: os.kill(os.getpid(), signal.SIGKILL)\nwork()")
+    script = f"if me == {lost}: time.sleep(1); os.kill(os.getpid(), signal.SIGKILL)\nwork()"
+    code, logs = cluster(tmp_path, 3, script)
     assert code == 128 + signal.SIGKILL
     assert f"process {lost} of 3 was killed by SIGKILL" in logs[0]
     for index in {0, 1, 2} - {lost}:
