@@ -32,8 +32,7 @@ from svg_jax.evaluate.fid.moments import bias
 from svg_jax.evaluate.image_metrics import compared, psnr, ssim, stored
 from svg_jax.evaluate.networks import load_inception, load_lpips
 from svg_jax.evaluate.reconstruction_report import rank, write_report
-from svg_jax.evaluate.results import Results, at_least_one, conclude, work_through
-from svg_jax.flow.names import unknown
+from svg_jax.evaluate.results import Results, at_least_one, conclude, parse_metrics, work_through
 from svg_jax.loading import Loaded, find_autoencoder, open_autoencoder
 from svg_jax.metrics import side_by_side
 from svg_jax.models.autoencoder import Autoencoder
@@ -77,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
         ValueError: An option is out of range, weights are missing, or the results in `--out` are of other settings.
         FileNotFoundError: There is no checkpoint or no data.
     """
-    metrics = parse_metrics(options.metrics)
+    metrics = parse_metrics(options.metrics, METRICS)
     at_least_one(options, "resolution", "batch_size", "max_images", "at_once", "num_threads")
     source = open_source(options.data, options.root)
     count = min(len(source), options.max_images or len(source))
@@ -111,21 +110,6 @@ def run(options: argparse.Namespace) -> None:
     with contextlib.closing(batches):
         work_through(len(groups), options.shard, todo, evaluate, unit="image", size=lambda number: len(groups[number]))
     conclude(results, len(groups), "batches", lambda: write_report(results, len(groups)))
-
-
-def parse_metrics(text: str) -> tuple[str, ...]:
-    """The metrics of a list with commas, in the order of `METRICS`.
-
-    Raises:
-        ValueError: One has no such name, or there is none.
-    """
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if name not in METRICS:
-            raise unknown("metric", name, METRICS)
-    if not names:
-        raise ValueError(f"--metrics names none: choose some of {', '.join(METRICS)}")
-    return tuple(name for name in METRICS if name in names)
 
 
 class Judge(NamedTuple):

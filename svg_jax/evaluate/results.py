@@ -11,7 +11,7 @@ import argparse
 import io
 import json
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from etils import epath
 from tqdm import tqdm
 
 from svg_jax import distributed
+from svg_jax.flow.names import unknown
 from svg_jax.output_folder import output_folder, write_whole
 
 TOGETHER = 24 * 3600.0  # seconds that the processes of a job wait for the last one
@@ -98,6 +99,21 @@ def recorded_settings(out: str) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"{file} holds no settings of results: choose another --out, or remove it")
     return settings
+
+
+def parse_metrics(text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """The metrics of a list with commas, in the order of those that are known.
+
+    Raises:
+        ValueError: One has no such name, or there is none.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise unknown("metric", name, known)
+    if not names:
+        raise ValueError(f"--metrics names none: choose some of {', '.join(known)}")
+    return tuple(name for name in known if name in names)
 
 
 def at_least_one(options: argparse.Namespace, *names: str) -> None:

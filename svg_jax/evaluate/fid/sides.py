@@ -13,6 +13,7 @@ import numpy as np
 
 from data_pipelines.records import Source
 from data_pipelines.sources import open_source
+from svg_jax.evaluate import results
 from svg_jax.evaluate.fid.distribution import NEIGHBOURS, SPLITS
 from svg_jax.evaluate.fid.moments import bias
 from svg_jax.evaluate.fid.picture_sources import MEMBER, GeneratedPictures, ImageArray
@@ -27,7 +28,6 @@ from svg_jax.evaluate.fid.statistics_file import (
     read_statistics,
 )
 from svg_jax.evaluate.generated import PROMPTS, SETTINGS
-from svg_jax.flow.names import unknown
 from svg_jax.output_folder import ORIGIN
 
 METRICS = ("fid", "is", "precision_recall")
@@ -64,16 +64,11 @@ def parse_metrics(
                 "nothing to judge: name --images; or make statistics with --reference and --save-statistics"
             )
         return ()
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if name not in METRICS:
-            raise unknown("metric", name, METRICS)
-    if not names:
-        raise ValueError(f"--metrics names none: choose some of {', '.join(METRICS)}")
+    names = results.parse_metrics(text, METRICS)
     for name in names:
         if name != "is" and not reference:
             raise ValueError(f"{name} compares with real images: name them with --reference, or choose --metrics is")
-    return tuple(name for name in METRICS if name in names)
+    return names
 
 
 def open_sides(images: str | None, reference: str | None, root: str | None, metrics: Sequence[str]) -> list[Side]:
